@@ -1,0 +1,113 @@
+"""The task graph: what every task reads, writes and costs. The scheduler knows nothing else about an op.
+
+A `TaskGraph` is in program order: executing its tasks one after another, first to last, defines what the graph means.
+Everything else (events, queues, proofs) is derived from the declared regions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Box = tuple[tuple[int, int], ...]  # half-open interval per dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box of one tensor. Two regions conflict when they name the same tensor and their boxes intersect.
+
+    The coordinates are the op's own as long as all ops that touch the tensor agree on them: the KV cache, for example,
+    is addressed as (kv_head, split), because which rows a split owns is known only at run time.
+    """
+
+    tensor: str
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a pointer field points: `offset` elements into `tensor`. Resolved to an absolute address when packed."""
+
+    tensor: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStream:
+    """The weights a task reads, as its worker's previous task needs them to start loading ahead.
+
+    Two row groups of up to `rows0` and `rows1` rows, `cols` columns each; strides in elements.
+    """
+
+    start: Address
+    row_stride: int
+    group_stride: int
+    rows0: int
+    rows1: int
+    cols: int
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One tile of one op, run by one worker without a break."""
+
+    op: int  # index into TaskGraph.ops
+    tile: tuple[int, ...]  # coordinates of the tile within its op, for names and errors
+    reads: tuple[Region, ...]
+    writes: tuple[Region, ...]
+    cost_bytes: int
+    variant: int = 0  # branch of the generated kernel
+    fields: dict[str, int | Address] = field(default_factory=dict)
+    stream: WeightStream | None = None
+
+
+@dataclass(slots=True)
+class TensorInfo:
+    """`initialised`: holds data before the first step (weights, caches, inputs); others must be written before read."""
+
+    dims: tuple[int, ...]
+    initialised: bool
+
+
+@dataclass(slots=True)
+class TaskGraph:
+    ops: list[str] = field(default_factory=list)  # names for people, e.g. "L03 gate_up", in program order
+    tasks: list[Task] = field(default_factory=list)  # program order
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def task_name(self, task: int) -> str:
+        """`L03 gate_up t17`"""
+        t = self.tasks[task]
+        return f"{self.ops[t.op]} t{'.'.join(map(str, t.tile))}"
+
+
+@dataclass(slots=True)
+class Event:
+    """A counter that `producers` each increment once per step and `consumers` wait for: epoch * len(producers)."""
+
+    producers: list[int]
+    consumers: list[int]
+    count: int  # increments a consumer waits for, per step; equal to len(producers) in every schedule we make
+
+
+@dataclass(slots=True)
+class Events:
+    """All events of a graph, and each task's view of them.
+
+    Event 0 is the step event: tasks without a consumer signal it and every worker waits for it before the next step.
+    `wait[t]` is the event that task t waits for, or -1; `signals[t]` are the events it signals.
+    """
+
+    events: list[Event]
+    wait: list[int]
+    signals: list[list[int]]
+
+
+STEP_EVENT = 0
+MAX_SIGNALS = 4  # slots of a task descriptor
+
+
+@dataclass(slots=True)
+class Schedule:
+    """Static queues: `queues[w]` are task indices in the order in which worker w runs them."""
+
+    queues: list[list[int]]
