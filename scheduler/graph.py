@@ -35,12 +35,13 @@ class Address:
 class WeightStream:
     """The weights a task reads, as its worker's previous task needs them to start loading ahead.
 
-    Two row groups of up to `rows0` and `rows1` rows, `cols` columns each; strides in elements.
+    Two row groups of up to `rows0` and `rows1` rows, `cols` columns each, rows `row_stride` elements apart. The second
+    group lies `group_stride` bytes after the first one, or begins at an address of its own.
     """
 
     start: Address
     row_stride: int
-    group_stride: int
+    group_stride: int | Address
     rows0: int
     rows1: int
     cols: int

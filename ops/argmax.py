@@ -1,0 +1,118 @@
+"""The second half of argmax, and the end of a decode step: which token comes next, and whether one comes.
+
+best value, index [num_parts] read | tokens [max_seq_len] int64 written | step [1] int32 read and written
+A single task. The token goes to tokens[step + 1] and to the host's mailbox, unless the prompt goes on; a tie goes to the
+lowest index. It also reads the host's stop request, so that nobody else has to. Source: torch.argmax, GenerationMixin.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.scheduler.device import (
+    CONTROL_EOS,
+    CONTROL_LAST_EPOCH,
+    CONTROL_LAST_STEP,
+    CONTROL_NUM_EOS,
+    CONTROL_NUM_KNOWN,
+    CONTROL_STOP,
+    signal,
+    wait,
+)
+from tri_mpk.scheduler.graph import Address, Task
+
+# Words of the mailbox (int64), memory of the host that the kernel can reach.
+MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop after this step
+MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
+MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
+
+
+@triton.jit
+def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
+    """The token, then the count that makes it visible to the host (release at system scope)."""
+    tl.store(mailbox_ptr + MAILBOX_TOKENS + num_tokens, token)
+    if PORTABLE:
+        tl.debug_barrier()
+        tl.atomic_add(mailbox_ptr + MAILBOX_NUM_TOKENS, 1, sem="release", scope="sys")
+    else:
+        tl.inline_asm_elementwise(  # a plain store: not every host lets a GPU do atomics on its memory
+            """{
+            .reg .pred p; .reg .u32 tid; .reg .s64 count;
+            bar.sync 0; mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0;
+            cvt.s64.s32 count, $2; @!p st.release.sys.global.s64 [$1], count; mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [(mailbox_ptr + MAILBOX_NUM_TOKENS).to(tl.int64), num_tokens + 1],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def argmax_tile(
+    task_ptr, event_ptr, control_ptr, mailbox_ptr, epoch,
+    best_value_ptr, best_index_ptr, tokens_ptr, step_ptr,  # in, in, out, in and out
+    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    parts = tl.arange(0, BLOCK)
+    eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
+    is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
+    num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
+    last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
+    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, volatile=True) != 0  # travels over the bus while we wait
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    step = tl.load(step_ptr)
+    value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
+    index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
+    best = tl.max(value, axis=0)
+    token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+    stop = (step >= last_step) | stop_asked
+    if step + 1 >= num_known:
+        tl.store(tokens_ptr + step + 1, token)
+        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
+        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
+    tl.debug_barrier()  # every thread has read step
+    tl.store(step_ptr, step + 1)
+    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
+    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+    signal(task_ptr, event_ptr, PORTABLE)
+
+
+def cut_argmax(
+    machine: Machine,
+    *,
+    best_value: TensorHandle,
+    best_index: TensorHandle,
+    tokens: TensorHandle,
+    step: TensorHandle,
+    grid_dim: int | None = None,
+) -> Cut:
+    if grid_dim not in (None, 1):
+        raise ValueError(f"argmax has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    tensors = {"best_value_ptr": best_value, "best_index_ptr": best_index, "tokens_ptr": tokens, "step_ptr": step}
+    num_parts = best_value.numel
+    return Cut(
+        {"NUM_PARTS": num_parts, "BLOCK": next_power_of_2(num_parts)},
+        tensors,
+        [
+            Task(
+                op=0,
+                tile=(0,),
+                reads=(best_value.whole(), best_index.whole(), step.whole()),
+                writes=(tokens.whole(), step.whole()),
+                cost_bytes=8 * num_parts,
+                fields={name: Address(tensor.name) for name, tensor in tensors.items()},
+            )
+        ],
+    )
+
+
+def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+ARGMAX = Op("argmax", argmax_tile, cut_argmax, argmax_torch)

@@ -1,0 +1,116 @@
+"""Final RMSNorm, language model head and the first half of argmax: logits = W @ (x_hat * gain).
+
+x [D] fp32 in parts read | gain [D] read | W [V, D] read | logits [V] fp32 written | best value, index [num_tasks] written
+One task = consecutive rows of the vocabulary; it also leaves its largest logit and that logit's index (the lowest one on
+a tie). Positions before CONTROL_LOGITS_FROM (the prompt) need no logits: their tasks only signal.
+Source: transformers LlamaForCausalLM.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
+from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
+from tri_mpk.scheduler.graph import Address, Task
+
+
+@triton.jit
+def lm_head_tile(
+    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, carry,
+    x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
+    task, row0, num_rows,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_N)
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    best_row = tl.zeros([BLOCK_N], tl.int32)
+    step = tl.load(step_ptr)
+    wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
+    row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    num_blocks = tl.where(wanted, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), 0)
+    for block in tl.range(0, num_blocks, num_stages=1):
+        carry, y0, y1, squares = dot_row_block(
+            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        rstd = tl.rsqrt(squares / D + EPS)
+        y0 *= rstd
+        y1 *= rstd
+        row = block * 2 * BLOCK_N + rows
+        mask0 = row < num_rows
+        mask1 = row + BLOCK_N < num_rows
+        tl.store(row_ptr + row0 + row, y0, mask=mask0)
+        tl.store(row_ptr + row0 + row + BLOCK_N, y1, mask=mask1)
+        best_row = tl.where(mask0 & (y0 > best), row, best_row)
+        best = tl.where(mask0 & (y0 > best), y0, best)
+        best_row = tl.where(mask1 & (y1 > best), row + BLOCK_N, best_row)
+        best = tl.where(mask1 & (y1 > best), y1, best)
+    value = tl.max(best, axis=0)
+    tl.store(best_value_ptr + task, value)
+    tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+
+
+def cut_lm_head(
+    machine: Machine,
+    *,
+    input: TensorHandle,
+    weight_norm: TensorHandle,
+    weight_linear: TensorHandle,
+    step: TensorHandle,
+    best_value: TensorHandle,
+    best_index: TensorHandle,
+    eps: float,
+    grid_dim: int | None = None,
+) -> Cut:
+    vocab_size, hidden_size = weight_linear.dims
+    cut = Cut(
+        {"D": hidden_size, "PARTS": input.parts, "EPS": eps},
+        {
+            "x_ptr": input,
+            "gain_ptr": weight_norm,
+            "step_ptr": step,
+            "best_value_ptr": best_value,
+            "best_index_ptr": best_index,
+        },
+    )
+    for i, (lo, hi) in enumerate(even_ranges(vocab_size, best_value.numel)):
+        stream = linear_stream(weight_linear, lo, hi, machine)
+        weight_rows = weight_linear.span(lo * hidden_size, hi * hidden_size)
+        cut.tasks.append(
+            Task(
+                op=0,
+                tile=(i,),
+                reads=(input.whole(), weight_norm.whole(), weight_rows, step.whole()),
+                writes=(best_value.span(i, i + 1), best_index.span(i, i + 1)),
+                cost_bytes=(hi - lo) * hidden_size * weight_linear.dtype.itemsize,
+                fields={
+                    "x_ptr": Address(input.name),
+                    "gain_ptr": Address(weight_norm.name),
+                    "weight_addr": stream.start,
+                    "step_ptr": Address(step.name),
+                    "best_value_ptr": Address(best_value.name),
+                    "best_index_ptr": Address(best_index.name),
+                    "task": i,
+                    "row0": lo,
+                    "num_rows": hi - lo,
+                },
+                stream=stream,
+            )
+        )
+    return cut
+
+
+def lm_head_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight.float() @ rmsnorm_torch(x, gain, eps)
+
+
+LM_HEAD = Op("lm_head", lm_head_tile, cut_lm_head, lm_head_torch)

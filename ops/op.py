@@ -1,0 +1,101 @@
+"""What an op is: a tile function, the cut of its work into tasks, and its torch reference.
+
+The signature of the tile function is the declaration of the op's task descriptor: packing on the host and unpacking in
+the kernel both come from it. A parameter named
+
+* `*_ptr` is a typed pointer field (16-byte aligned), `*_addr` a byte address (int64), any other name an int32 field;
+* in KERNEL_PARAMETERS comes from the kernel itself (its task, the events, the epoch, the weights in flight, ...);
+* annotated `tl.constexpr` is fixed at generation, by the op's cut or, if in MACHINE_CONSTANTS, for the whole kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from tri_mpk.scheduler.graph import Region, Task
+
+KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "carry")
+MACHINE_CONSTANTS = ("PORTABLE", "WEIGHT", "ALIGN", "BLOCK_N", "BLOCK_K")
+
+
+@dataclass(slots=True, eq=False)
+class TensorHandle:
+    """A tensor of the model graph. `parts` copies of `dims`, to be added up, when its producer splits K."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+    data: torch.Tensor | None = None  # attached by the user; None: allocated when the kernel is compiled
+    symmetric: bool = False
+    parts: int = 1
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.dims).numel())
+
+    def span(self, lo: int, hi: int, part: int = 0) -> Region:
+        """Elements lo to hi of one part, in row-major order."""
+        return Region(self.name, ((part, part + 1), (lo, hi)))
+
+    def whole(self) -> Region:
+        return Region(self.name, ((0, self.parts), (0, self.numel)))
+
+    def box(self, *box: tuple[int, int]) -> Region:
+        """A region in coordinates of the op's own; see Region."""
+        return Region(self.name, box)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a cut may know about where it will run."""
+
+    num_workers: int
+    block_n: int  # rows of a weight tile
+    block_k: int  # columns of a weight tile
+    align: int  # elements that every weight row is aligned to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    name: str
+    tile: JITFunction
+    cut: Callable[..., Cut]
+    reference: Callable[..., object]
+
+
+@dataclass(slots=True)
+class Cut:
+    """The tasks of one call of an op, and the constants of the variant that runs them."""
+
+    constants: dict[str, object]
+    pointers: dict[str, TensorHandle]  # pointer field -> the tensor whose element type it has
+    tasks: list[Task] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class OpCall:
+    """One op of the model graph. `tensors` and `options` are the keyword arguments of the op's cut."""
+
+    op: Op
+    label: str  # for people: "L03 gate_up"
+    tensors: dict[str, TensorHandle | None]
+    options: dict[str, object]
+    grid_dim: int | None = None  # number of tasks along the rows; None: cut for the machine
+
+
+def even_ranges(total: int, num_ranges: int) -> Iterator[tuple[int, int]]:
+    """`total` items in `num_ranges` consecutive ranges whose lengths differ by at most one.
+
+    >>> list(even_ranges(7, 3))
+    [(0, 2), (2, 4), (4, 7)]
+    """
+    for i in range(num_ranges):
+        yield i * total // num_ranges, (i + 1) * total // num_ranges
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

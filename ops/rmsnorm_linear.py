@@ -1,0 +1,115 @@
+"""RMSNorm and a linear layer: y = W @ (x_hat * gain) + bias, x_hat = x * rsqrt(mean(x^2) + eps).
+
+x [D] fp32 in parts read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
+The norm is one scalar at the end of the dot product: y = rsqrt(mean(x^2) + eps) * (W @ (gain * x)).
+One task = consecutive rows = their share of the bytes of W. Source: arXiv:1910.07467; transformers Qwen3RMSNorm, nn.Linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.graph import Address, Task, WeightStream
+
+
+@triton.jit
+def rmsnorm_linear_tile(
+    task_ptr, event_ptr, control_ptr, epoch, carry,
+    x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
+    row0, num_rows,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_N)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
+        carry, y0, y1, squares = dot_row_block(
+            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        rstd = tl.rsqrt(squares / D + EPS)
+        row = block * 2 * BLOCK_N + rows
+        y0 *= rstd
+        y1 *= rstd
+        if HAS_BIAS:
+            y0 += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+            y1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=row + BLOCK_N < num_rows, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row0 + row, y0.to(y_ptr.dtype.element_ty), mask=row < num_rows)
+        tl.store(y_ptr + row0 + row + BLOCK_N, y1.to(y_ptr.dtype.element_ty), mask=row + BLOCK_N < num_rows)
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+
+
+def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine, col0: int = 0, cols: int = 0) -> WeightStream:
+    """Rows lo to hi of a matrix [N, K], from column col0 on: row group 1 follows row group 0."""
+    row_stride = weight.dims[1]
+    return WeightStream(
+        start=Address(weight.name, lo * row_stride + col0),
+        row_stride=row_stride,
+        group_stride=machine.block_n * row_stride * weight.dtype.itemsize,
+        rows0=hi - lo,
+        rows1=hi - lo - machine.block_n,
+        cols=cols or row_stride,
+    )
+
+
+def cut_rmsnorm_linear(
+    machine: Machine,
+    *,
+    input: TensorHandle,
+    weight_norm: TensorHandle,
+    weight_linear: TensorHandle,
+    output: TensorHandle,
+    bias: TensorHandle | None = None,
+    eps: float,
+    grid_dim: int | None = None,
+) -> Cut:
+    num_rows, hidden_size = weight_linear.dims
+    cut = Cut(
+        {"D": hidden_size, "PARTS": input.parts, "EPS": eps, "HAS_BIAS": bias is not None},
+        {"x_ptr": input, "gain_ptr": weight_norm, "bias_ptr": bias or weight_norm, "y_ptr": output},
+    )
+    num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
+        stream = linear_stream(weight_linear, lo, hi, machine)
+        reads = (input.whole(), weight_norm.whole(), weight_linear.span(lo * hidden_size, hi * hidden_size))
+        cut.tasks.append(
+            Task(
+                op=0,
+                tile=(i,),
+                reads=reads + ((bias.span(lo, hi),) if bias else ()),
+                writes=(output.span(lo, hi),),
+                cost_bytes=(hi - lo) * hidden_size * weight_linear.dtype.itemsize,
+                fields={
+                    "x_ptr": Address(input.name),
+                    "gain_ptr": Address(weight_norm.name),
+                    "weight_addr": stream.start,
+                    "bias_ptr": Address((bias or weight_norm).name),
+                    "y_ptr": Address(output.name),
+                    "row0": lo,
+                    "num_rows": hi - lo,
+                },
+                stream=stream,
+            )
+        )
+    return cut
+
+
+def rmsnorm_torch(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * gain.float()
+
+
+def rmsnorm_linear_torch(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    y = weight.float() @ rmsnorm_torch(x, gain, eps)
+    return y if bias is None else y + bias.float()
+
+
+RMSNORM_LINEAR = Op("rmsnorm_linear", rmsnorm_linear_tile, cut_rmsnorm_linear, rmsnorm_linear_torch)

@@ -1,0 +1,136 @@
+"""The scheduler inside the kernel: task descriptors, waiting for events and signalling them.
+
+A signal is a CTA barrier and then `red.release`; a wait is one thread polling `ld.acquire` and then a CTA barrier. Both
+exist in a portable form (Triton atomics; what the interpreter runs) and as PTX, behind the constexpr PORTABLE.
+
+Every wait is bounded. A worker whose bound is exceeded raises the abort flag with what it saw; all later waits give up
+at once, so that every worker reaches the end of its queue, sees the flag and leaves. Nothing checks the flag on the fast
+path.
+"""
+
+import triton
+import triton.language as tl
+
+# Words of a task descriptor (int64). Fields of the op follow from FIELDS on.
+TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
+TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
+TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
+TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
+TASK_NEXT = tl.constexpr(5)  # five words: the weights which this worker reads next
+TASK_FIELDS = tl.constexpr(10)
+
+# Words of the control block (int64): what the host sets for a launch, and what the kernel tells it afterwards.
+CONTROL_FIRST_EPOCH = tl.constexpr(0)
+CONTROL_NUM_KNOWN = tl.constexpr(1)  # tokens[:NUM_KNOWN] are given, later ones are chosen
+CONTROL_LAST_STEP = tl.constexpr(2)  # position of the last token to process
+CONTROL_LOGITS_FROM = tl.constexpr(3)  # logits are wanted from this position on
+CONTROL_LOGITS_STRIDE = tl.constexpr(4)  # elements between the logits of two positions; 0: only the last
+CONTROL_WAIT_BOUND = tl.constexpr(5)  # nanoseconds on a GPU, polls in the interpreter
+CONTROL_NUM_EOS = tl.constexpr(6)
+CONTROL_STEP_COUNT = tl.constexpr(7)  # signals of the step event per step
+CONTROL_STOP = tl.constexpr(8)
+CONTROL_ABORT = tl.constexpr(9)
+CONTROL_STUCK_TASK = tl.constexpr(10)  # task index, or -1 - worker at the end of a step
+CONTROL_STUCK_SEEN = tl.constexpr(11)
+CONTROL_STUCK_WANTED = tl.constexpr(12)
+CONTROL_LAST_EPOCH = tl.constexpr(13)
+CONTROL_EOS = tl.constexpr(16)
+
+
+@triton.jit
+def pointer_field(task_ptr, word, DTYPE: tl.constexpr):
+    """A pointer of the task descriptor; the compiler learns its 16-byte alignment from the arithmetic."""
+    return tl.multiple_of((tl.load(task_ptr + word) // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def int_field(task_ptr, word):
+    return tl.load(task_ptr + word).to(tl.int32)
+
+
+@triton.jit
+def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr):
+    """Until `counter - wanted >= 0` as signed 32-bit numbers, so that counters may wrap around."""
+    if PORTABLE:
+        bound = tl.load(control_ptr + CONTROL_WAIT_BOUND)
+        polls = bound * 0
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        while (seen - wanted < 0) & (polls < bound):
+            seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            aborted = tl.load(control_ptr + CONTROL_ABORT, volatile=True) != 0
+            polls = tl.where(aborted, bound, polls + 1)
+        if seen - wanted < 0:
+            if tl.atomic_cas(control_ptr + CONTROL_ABORT, 0, 1, sem="relaxed", scope="gpu") == 0:
+                tl.store(control_ptr + CONTROL_STUCK_TASK, task_idx)
+                tl.store(control_ptr + CONTROL_STUCK_SEEN, seen)
+                tl.store(control_ptr + CONTROL_STUCK_WANTED, wanted)
+        tl.debug_barrier()
+    else:
+        tl.inline_asm_elementwise(  # byte offsets are 8 x the CONTROL_ words above
+            """{
+            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag; .reg .u64 start, now, bound; .reg .s64 wide;
+            mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
+            ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
+            mov.u64 start, %globaltimer;
+            MORE: mov.s32 polls, 0;
+            POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
+            add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
+            ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
+            mov.u64 now, %globaltimer; sub.u64 now, now, start;
+            ld.global.u64 bound, [$3 + 40]; setp.lt.u64 p, now, bound; @p bra MORE;
+            atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
+            cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
+            cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
+            cvt.s64.s32 wide, $2; st.global.s64 [$3 + 96], wide;
+            DONE: bar.sync 0; mov.u32 $0, 0;
+            }""",
+            "=r,l,r,l,r",
+            [counter_ptr.to(tl.int64), wanted, control_ptr.to(tl.int64), task_idx],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
+    """What the producers of this task's event wrote may be read afterwards."""
+    count = tl.load(task_ptr + TASK_WAIT_COUNT).to(tl.int32)
+    if count > 0:
+        task_idx = (tl.load(task_ptr + TASK_VARIANT) >> 32).to(tl.int32)
+        counter_ptr = event_ptr + tl.load(task_ptr + TASK_WAIT)
+        wait_counter(counter_ptr, epoch * count, task_idx, control_ptr, PORTABLE)
+
+
+@triton.jit
+def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events."""
+    first = tl.load(task_ptr + TASK_SIGNALS)
+    second = tl.load(task_ptr + TASK_SIGNALS + 1)
+    if PORTABLE:
+        tl.debug_barrier()
+        for i in tl.static_range(4):
+            pair = first if i < 2 else second
+            counter = (pair >> (32 * (i % 2))).to(tl.int32)
+            if counter >= 0:
+                tl.atomic_add(event_ptr + counter, 1, sem="release", scope="gpu")
+    else:
+        tl.inline_asm_elementwise(  # thread i < 4 signals the i-th event
+            """{
+            .reg .pred p, q; .reg .u32 tid, odd; .reg .s32 a, b, c, d; .reg .u64 address;
+            bar.sync 0;
+            mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
+            mov.u32 tid, %tid.x; and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
+            selp.s32 a, b, a, p; selp.s32 c, d, c, p;
+            setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
+            setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
+            mad.wide.s32 address, a, 4, $1;
+            @q red.release.gpu.global.add.u32 [address], 1;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,l,l",
+            [event_ptr.to(tl.int64), first, second],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

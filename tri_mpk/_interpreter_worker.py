@@ -1,0 +1,65 @@
+"""One worker of the CPU path: runs the generated kernel in Triton's interpreter, as a process of its own.
+
+Started by runtime.py as a script, so that it imports nothing but torch and Triton. It reads pickled messages from
+standard input and answers each with None or the text of an exception; it ends when its standard input does.
+"""
+
+import importlib.util
+import os
+import pickle
+import sys
+import traceback
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+
+def open_tensor(path: str, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes // dtype.itemsize, dtype=dtype)
+
+
+def load(message: dict) -> dict:
+    """Maps the tensors, packs this process's descriptors and imports the kernel."""
+    spec = importlib.util.spec_from_file_location("megakernel", message["source"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tensors = [open_tensor(path, size, torch.uint8) for path, size in message["tensors"]]
+    bases = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    queue = message["words"].view(-1).clone()
+    queue.index_add_(0, message["positions"], message["signs"] * bases[message["indices"]])
+    shared = [open_tensor(path, size, dtype) for path, size, dtype in message["arguments"]]
+    return {
+        "kernel": module.megakernel,
+        "arguments": [queue, message["queue_start"], *shared],
+        "keep": tensors,
+        "worker": message["worker"],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not garble the answers
+    state: dict = {}
+    while True:
+        try:
+            message = pickle.load(inbox)
+        except EOFError:
+            return
+        answer = None
+        try:
+            if message["what"] == "load":
+                state = load(message)
+            else:
+                logits = open_tensor(*message["logits"], torch.float32)
+                *arguments, mailbox = state["arguments"]
+                state["kernel"][(1,)](*arguments, logits, mailbox, state["worker"])
+        except BaseException:
+            answer = traceback.format_exc()
+        pickle.dump(answer, outbox)
+        outbox.flush()
+
+
+if __name__ == "__main__":
+    main()

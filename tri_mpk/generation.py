@@ -1,0 +1,156 @@
+"""transformers' parameters of `generate`, checked: what is supported is resolved, all else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+DEFAULT_MAX_LENGTH = 20  # transformers' own
+
+# Parameters of GenerationConfig that change the text, with the values that mean "off".
+NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+    "do_sample": (None, False),
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None, []),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+    "guidance_scale": (None, 1, 1.0),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None, []),
+    "watermarking_config": (None,),
+    "stop_strings": (None, []),
+    "max_time": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "remove_invalid_values": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "renormalize_logits": (None, False),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "return_dict_in_generate": (None, False),
+    "token_healing": (None, False),
+    "cache_implementation": (None, "static", "dynamic"),
+    "use_cache": (None, True),
+    "diversity_penalty": (None, 0.0),
+    "num_beam_groups": (None, 1),
+}
+# These act on sampling or on beams only, or on how transformers itself runs.
+WITHOUT_EFFECT = {
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h",
+    "early_stopping", "length_penalty", "low_memory", "pad_token_id", "bos_token_id", "decoder_start_token_id",
+    "max_length", "max_new_tokens", "eos_token_id", "transformers_version", "cache_config", "prefill_chunk_size",
+    "compile_config", "disable_compile", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "generation_mode", "_from_model_config", "output_loading_info",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    prompt: torch.Tensor  # [prompt length] int64 on the CPU
+    max_length: int  # of prompt and new tokens together
+    eos_token_ids: tuple[int, ...]
+
+
+def resolve(
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    defaults: GenerationConfig,
+    max_seq_len: int,
+    vocab_size: int,
+    *,
+    attention_mask: torch.Tensor | None,
+    generation_config: GenerationConfig | None,
+    parameters: dict[str, object],
+) -> GenerationRequest:
+    """Precedence as in transformers: the call's parameters, then `generation_config`, then the checkpoint's.
+
+    Raises ValueError for bad input and NotImplementedError for parameters that are not supported.
+    """
+    prompt = check_input_ids(input_ids, attention_mask, vocab_size)
+    config = GenerationConfig(**(defaults if generation_config is None else generation_config).to_dict())
+    given = "the checkpoint's generation_config" if generation_config is None else "generation_config"
+    for name, value in parameters.items():
+        if name not in NEUTRAL_VALUES and name not in WITHOUT_EFFECT:
+            if value is None:
+                continue
+            raise NotImplementedError(f"generate(): {name} is not supported; leave it out")
+    for name, neutral in NEUTRAL_VALUES.items():
+        value = parameters.get(name, getattr(config, name, None))
+        if value not in neutral:
+            origin = "" if name in parameters else f" (from {given})"
+            raise NotImplementedError(f"generate(): {name}={value!r}{origin} is not supported; pass {name}={neutral[-1]!r}")
+    max_new_tokens = parameters.get("max_new_tokens", config.max_new_tokens)
+    max_length = parameters.get("max_length", config.max_length) or DEFAULT_MAX_LENGTH
+    if max_new_tokens is not None:
+        max_length = len(prompt) + _positive("max_new_tokens", max_new_tokens)
+    if max_length <= len(prompt):
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and max_length={max_length} leaves none to generate; pass max_new_tokens"
+        )
+    if max_length > max_seq_len:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_length - len(prompt)} new ones exceed max_seq_len={max_seq_len};"
+            " ask for fewer or load the model with a larger max_seq_len"
+        )
+    eos = parameters["eos_token_id"] if "eos_token_id" in parameters else config.eos_token_id
+    return GenerationRequest(prompt, max_length, _token_ids(eos, vocab_size))
+
+
+def check_input_ids(
+    input_ids: torch.Tensor | Sequence[Sequence[int]], attention_mask: torch.Tensor | None, vocab_size: int
+) -> torch.Tensor:
+    """One prompt as an int64 vector on the CPU; ValueError or NotImplementedError says what is wrong with it."""
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers [1, length], got {ids.dtype} {tuple(ids.shape)}")
+    if ids.shape[0] > 1:
+        raise NotImplementedError(f"input_ids has a batch of {ids.shape[0]}; only one prompt at a time is supported")
+    if ids.numel() == 0:
+        raise ValueError("input_ids is empty; give at least one token (for example the BOS token)")
+    if attention_mask is not None:
+        mask = torch.as_tensor(attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
+        if not bool((mask != 0).all()):
+            raise NotImplementedError("attention_mask with zeros (padding) is not supported; remove the padding")
+    prompt = ids[0].to("cpu", torch.int64)
+    low, high = int(prompt.min()), int(prompt.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids holds token {low if low < 0 else high}; tokens must be in [0, {vocab_size})")
+    return prompt
+
+
+def _positive(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _token_ids(eos: object, vocab_size: int) -> tuple[int, ...]:
+    if eos is None:
+        return ()
+    ids = torch.as_tensor(eos).reshape(-1).tolist()
+    if len(ids) > 32:
+        raise NotImplementedError(f"{len(ids)} eos_token_id are not supported; at most 32 are")
+    for token in ids:
+        # negative ids switch EOS off, as in transformers
+        if not isinstance(token, int) or token >= vocab_size:
+            raise ValueError(f"eos_token_id={token!r} must be an integer below {vocab_size}")
+    return tuple(ids)

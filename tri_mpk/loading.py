@@ -1,0 +1,209 @@
+"""The front door: checkpoints, transformers models and bare configs become a CausalLM."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from tri_mpk.errors import CheckpointError, DeviceError, UnsupportedModelError
+from tri_mpk.model import PAGE_SIZE, CausalLM
+from tri_mpk.models import FAMILIES, DecoderShape, describe
+from tri_mpk.persistent_kernel import DTYPES
+
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    max_seq_len: int | None = None,
+    num_workers: int | None = None,
+    wait_bound_s: float = 10.0,
+    progress: bool = True,
+    **hub: object,
+) -> CausalLM:
+    """A checkpoint, by its folder or its name on the Hugging Face hub.
+
+    Args:
+        dtype: of weights and KV cache; None: the checkpoint's own on a GPU, float32 on a CPU.
+        device: None: the current CUDA device if there is one, else the CPU (Triton's interpreter, for small models).
+        max_seq_len: longest sequence, prompt and new tokens together; None: 4096 or the model's limit, if that is less.
+        num_workers: None: one per SM.
+        hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
+
+    Raises: CheckpointError, UnsupportedModelError, DeviceError, ValueError.
+    """
+    device = resolve_device(device)
+    path = Path(name_or_path)
+    if path.exists() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+    except (OSError, ValueError) as error:
+        if "model type" in str(error):
+            raise UnsupportedModelError(f"{name_or_path}: {error}".splitlines()[0]) from error
+        raise CheckpointError(f"cannot read the config of {name_or_path}: {error}") from error
+    dtype = resolve_dtype(dtype, device, config)
+    max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, **hub
+        )
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(
+            f"cannot load the weights of {name_or_path}: {error}. Is a file missing or cut short? Download it again"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, first of all {missing[0]}")
+    return from_model(
+        model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
+        progress=progress,
+    )  # fmt: skip
+
+
+def from_model(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    max_seq_len: int | None = None,
+    num_workers: int | None = None,
+    wait_bound_s: float = 10.0,
+    progress: bool = True,
+) -> CausalLM:
+    """A transformers causal LM. Its weights are used where they lie (moved and converted first if need be), so training
+    it further changes what the kernel computes.
+    """
+    if model.config.model_type not in FAMILIES:
+        describe(model.config, 1)
+    device = resolve_device(model.device if device is None and model.device.type != "meta" else device)
+    dtype = resolve_dtype(dtype or (model.dtype if device.type != "cpu" else None), device, model.config)
+    max_seq_len = resolve_max_seq_len(max_seq_len, model.config)
+    describe(model.config, max_seq_len)
+    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}")
+    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress)
+
+
+def from_config(
+    config: PreTrainedConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    max_seq_len: int | None = None,
+    num_workers: int | None = None,
+    wait_bound_s: float = 10.0,
+    progress: bool = True,
+) -> CausalLM:
+    """Random weights, made on the device: for benchmarks and tests."""
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device, config)
+    max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
+    return from_model(
+        random_model(config, seed, dtype, device), max_seq_len=max_seq_len, num_workers=num_workers,
+        wait_bound_s=wait_bound_s, progress=progress,
+    )  # fmt: skip
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The transformers model without memory for its weights: enough to plan a kernel."""
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Matrices are normal with the variance that keeps activations at one, norms are near one, biases small."""
+    model = empty_model(config, dtype)
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its buffers were empty too
+    generator = torch.Generator(device).manual_seed(seed)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
+        else:
+            weight.data.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.weight.data.add_(1.0)
+    model.tie_weights()
+    return model.eval()
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device to run on, with its index; DeviceError when there is no such thing here."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError("device='cuda' was asked for, but PyTorch sees no CUDA GPU here; use device='cpu'")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cpu":
+        import numpy
+
+        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+            raise DeviceError(
+                f"Triton's interpreter, which runs the kernel on a CPU, needs numpy<2.4 (here: {numpy.__version__});"
+                " install it with `pip install 'tri_mpk[cpu]'`"
+            )
+        return device
+    raise DeviceError(f"device={str(device)!r} is not supported; choose 'cuda' or 'cpu'")
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device, config: PreTrainedConfig) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is not supported; choose one of {', '.join(map(str, DTYPES))}")
+    if device.type == "cpu" and dtype != torch.float32:
+        raise ValueError(f"dtype={dtype} is not supported on a CPU (Triton's interpreter); use dtype=torch.float32")
+    return dtype
+
+
+def resolve_max_seq_len(max_seq_len: int | None, config: PreTrainedConfig) -> int:
+    if max_seq_len is None:
+        return min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    if max_seq_len < 2:
+        raise ValueError(f"max_seq_len={max_seq_len} must be at least 2: a prompt token and a new one")
+    return max_seq_len
+
+
+def memory_bytes(config: PreTrainedConfig, shape: DecoderShape, dtype: torch.dtype, max_seq_len: int) -> int:
+    """Device memory for weights and KV cache."""
+    weights = sum(p.numel() for p in empty_model(config, dtype).parameters())
+    pages = -(-max_seq_len // PAGE_SIZE) * PAGE_SIZE
+    cache = 2 * shape.num_layers * pages * shape.num_kv_heads * shape.head_dim
+    return (weights + cache) * dtype.itemsize
+
+
+def check_memory(
+    config: PreTrainedConfig, shape: DecoderShape, dtype: torch.dtype, device: torch.device, max_seq_len: int
+) -> None:
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = int(memory_bytes(config, shape, dtype, max_seq_len) * 1.02) + (256 << 20)  # queues, buffers, one packed layer
+    if needed > free:
+        raise DeviceError(
+            f"{needed / 2**30:.1f} GiB are needed on {device} (weights and a KV cache for {max_seq_len} tokens),"
+            f" {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; choose a smaller max_seq_len or model"
+        )

@@ -1,0 +1,136 @@
+"""The model that users hold: a transformers causal LM whose text comes from one kernel launch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tri_mpk.generation import check_input_ids, resolve
+from tri_mpk.models import DecoderShape, describe
+from tri_mpk.models.decoder import build
+from tri_mpk.persistent_kernel import PersistentKernel
+from tri_mpk.runtime import LaunchRequest
+
+PAGE_SIZE = 128
+
+
+class CausalLM:
+    """Made by `tri_mpk.from_pretrained`, `from_model` or `from_config`.
+
+    Attributes: config, generation_config, device, dtype, max_seq_len, kernel (the PersistentKernel).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        max_seq_len: int,
+        num_workers: int | None = None,
+        wait_bound_s: float = 10.0,
+        progress: bool = True,
+    ):
+        self.config: PreTrainedConfig = model.config
+        self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
+        self.device = device
+        self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
+        self.max_seq_len = max_seq_len
+        self.shape: DecoderShape = describe(model.config, max_seq_len)
+        step = torch.zeros(1, dtype=torch.int32, device=device)
+        tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
+        self.kernel = PersistentKernel(
+            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s
+        )
+        build(self.kernel, self.shape, model, PAGE_SIZE, progress)
+        self._lock = threading.Lock()  # one launch at a time
+
+    def compile(self) -> None:
+        """Plans, verifies, generates and compiles the kernel now instead of at the first use."""
+        self.kernel.compile()
+
+    def _launch(self, tokens: torch.Tensor, request: LaunchRequest):
+        self.compile()
+        self.kernel.step.data.zero_()
+        self.kernel.tokens.data.view(-1)[: len(tokens)].copy_(tokens)
+        return self.kernel.launch(request)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        **parameters: object,
+    ) -> torch.Tensor:
+        """Greedy text from the prompt to an EOS id or the length limit, in one kernel launch.
+
+        Parameter names and defaults are transformers'. `streamer.put` is called with every token while the kernel runs.
+
+        Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`.
+        Raises: ValueError for bad input, NotImplementedError for what is not supported (sampling, batches, ...),
+        MegakernelTimeout. After Ctrl-C the model stays usable.
+        """
+        request = resolve(
+            input_ids,
+            self.generation_config,
+            self.max_seq_len,
+            self.config.vocab_size,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            parameters=parameters,
+        )
+        length = len(request.prompt)
+        launch = LaunchRequest(length, request.max_length - 2, request.eos_token_ids, logits_from=length - 1)
+        new_tokens = []
+        with self._lock:
+            if streamer is not None:
+                self.compile()
+                streamer.put(request.prompt[None])
+            tokens = self._launch(request.prompt, launch)
+            try:
+                for token in tokens:
+                    new_tokens.append(token)
+                    if streamer is not None:
+                        streamer.put(torch.tensor([token]))
+            finally:
+                tokens.close()  # asks the kernel to stop, and waits for it, if anything above raised
+        if streamer is not None:
+            streamer.end()
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else self.device
+        return torch.cat((request.prompt, torch.tensor(new_tokens, dtype=torch.int64)))[None].to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **parameters: object
+    ) -> CausalLMOutputWithPast:
+        """Logits of every position: fp32 [1, length, V]."""
+        for name, value in parameters.items():
+            if value not in (None, True) or name not in ("use_cache", "return_dict"):
+                raise NotImplementedError(f"model(): {name}={value!r} is not supported; leave it out")
+        prompt = check_input_ids(input_ids, attention_mask, self.config.vocab_size)
+        length = len(prompt)
+        if length > self.max_seq_len:
+            raise ValueError(f"{length} tokens exceed max_seq_len={self.max_seq_len}; load with a larger max_seq_len")
+        with self._lock:
+            self.compile()
+            runtime = self.kernel.runtime
+            logits = runtime.empty((length, self.kernel.vocab_size), torch.float32)
+            for _ in self._launch(prompt, LaunchRequest(length + 1, length - 1, logits=logits)):
+                raise AssertionError("a launch for logits chose a token")
+            result = logits[None].clone() if self.device.type == "cpu" else logits[None]
+            runtime.free(logits)
+        return CausalLMOutputWithPast(logits=result)
+
+    forward = __call__
+
+    def eval(self) -> CausalLM:
+        return self
+
+

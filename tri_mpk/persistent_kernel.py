@@ -1,0 +1,361 @@
+"""The graph API: build a model from fused ops on named tensors, compile it to one kernel, launch it.
+
+Names follow Mirage's PersistentKernel, so that its users find their way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from tri_mpk.errors import DeviceError
+from tri_mpk.ops.argmax import ARGMAX
+from tri_mpk.ops.attention import ATTENTION, choose_block_kv, choose_splits, default_scale
+from tri_mpk.ops.attention_merge import ATTENTION_MERGE
+from tri_mpk.ops.embedding import EMBEDDING
+from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
+from tri_mpk.ops.lm_head import LM_HEAD
+from tri_mpk.ops.op import Op, OpCall, TensorHandle
+from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
+from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
+from tri_mpk.program import Program, kernel_constants, plan
+from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+
+class PersistentKernel:
+    """A model graph and the persistent kernel made of it.
+
+        mpk = PersistentKernel(world_size=1, rank=0, meta_tensors=[step, tokens])
+        x = mpk.new_tensor((hidden_size,), torch.float32, name="x")
+        mpk.embed_layer(input=mpk.tokens, weight=mpk.attach_input(table, name="table"), output=x)
+        ...
+        mpk.compile()
+        mpk(num_tokens=prompt_length, max_new_tokens=100)   # tokens[prompt_length:] is now filled in
+
+    Args:
+        world_size, rank: as in torch.distributed. Only one GPU so far.
+        num_workers: persistent programs; None: one per SM (on a CPU one process per core, 2 to 4).
+        meta_tensors: `step` int32 [1], the position of the next token to process, and `tokens` int64 [max_seq_len] or
+            [1, max_seq_len]. The kernel reads and writes both.
+        profiler_tensor: reserved; must be None.
+        wait_bound_s: a wait inside the kernel that lasts longer ends the launch with MegakernelTimeout.
+    """
+
+    def __init__(
+        self,
+        world_size: int = 1,
+        rank: int = 0,
+        num_workers: int | None = None,
+        meta_tensors: Sequence[torch.Tensor] = (),
+        profiler_tensor: torch.Tensor | None = None,
+        *,
+        wait_bound_s: float = 10.0,
+    ):
+        if (world_size, rank) != (1, 0):
+            raise NotImplementedError(f"world_size={world_size}, rank={rank}: only world_size=1, rank=0 runs so far")
+        if profiler_tensor is not None:
+            raise NotImplementedError("profiler_tensor: there is no profiler yet; pass None")
+        if len(meta_tensors) != 2:
+            raise ValueError(f"meta_tensors must be [step, tokens], got {len(meta_tensors)} tensors")
+        step, tokens = meta_tensors
+        if step.dtype != torch.int32 or step.numel() != 1:
+            raise ValueError(f"step must be an int32 tensor of one element, got {step.dtype} {tuple(step.shape)}")
+        if tokens.dtype != torch.int64 or tokens.numel() != tokens.shape[-1]:
+            raise ValueError(f"tokens must be int64 [max_seq_len], got {tokens.dtype} {tuple(tokens.shape)}")
+        self.device = tokens.device
+        self.num_workers = num_workers or default_num_workers(self.device)
+        self.wait_bound_s = wait_bound_s
+        self.max_seq_len = tokens.shape[-1]
+        self.tensors: dict[str, TensorHandle] = {}
+        self.calls: list[OpCall] = []
+        self.step = self.attach_input(step, name="step")
+        self.tokens = self.attach_input(tokens, name="tokens")
+        self.program: Program | None = None
+        self.runtime: Runtime | None = None
+        self.vocab_size = 1
+
+    # ---- tensors ----
+
+    def attach_input(self, tensor: torch.Tensor, name: str) -> TensorHandle:
+        """A tensor that exists: weights, tables, caches. It is used where it lies.
+
+        On a CPU its data moves to shared memory, in place; `tensor` stays valid.
+        """
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the kernel is on {self.device}; move it there")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; attach a contiguous tensor (.contiguous())")
+        if tensor.device.type == "cuda" and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} is not 16-byte aligned; attach a copy (.clone())")
+        return self._add(TensorHandle(name, tuple(tensor.shape), tensor.dtype, tensor))
+
+    def new_tensor(
+        self, dims: tuple[int, ...], dtype: torch.dtype, name: str, symmetric: bool = False
+    ) -> TensorHandle:
+        """A tensor for values between ops, allocated by `compile`."""
+        if symmetric:
+            raise NotImplementedError(f"{name}: symmetric tensors come with several GPUs; pass symmetric=False")
+        return self._add(TensorHandle(name, tuple(dims), dtype))
+
+    def _add(self, handle: TensorHandle) -> TensorHandle:
+        if handle.name in self.tensors:
+            raise ValueError(f"there is a tensor named {handle.name} already; names must differ")
+        self.tensors[handle.name] = handle
+        return handle
+
+    # ---- layers ----
+
+    def _call(self, op: Op, label: str | None, grid_dim: int | None, tensors: dict, **options: object) -> None:
+        if self.program is not None:
+            raise ValueError("this kernel is compiled; build a new PersistentKernel to change the graph")
+        if grid_dim is not None and grid_dim < 1:
+            raise ValueError(f"grid_dim={grid_dim}: the number of tasks must be at least 1; None cuts automatically")
+        self.calls.append(OpCall(op, label or f"{op.name}_{len(self.calls)}", tensors, options, grid_dim))
+
+    def embed_layer(
+        self,
+        *,
+        weight: TensorHandle,
+        output: TensorHandle,
+        input: TensorHandle | None = None,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [D] fp32 = weight[tokens[step]], weight [V, D]."""
+        _check_dims("embed_layer", output, "output", (weight.dims[1],))
+        tensors = {"tokens": input or self.tokens, "step": self.step, "weight": weight, "output": output}
+        self._call(EMBEDDING, label, grid_dim, tensors)
+
+    def rmsnorm_linear_layer(
+        self,
+        *,
+        input: TensorHandle,
+        weight_norm: TensorHandle,
+        weight_linear: TensorHandle,
+        output: TensorHandle,
+        bias: TensorHandle | None = None,
+        eps: float = 1e-6,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [N] = weight_linear [N, D] @ rmsnorm(input [D]) + bias [N]."""
+        num_rows, hidden_size = _matrix("rmsnorm_linear_layer", weight_linear)
+        _check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
+        _check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        _check_dims("rmsnorm_linear_layer", output, "output", (num_rows,))
+        if bias:
+            _check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
+        tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "output": output}
+        self._call(RMSNORM_LINEAR, label, grid_dim, tensors | {"bias": bias}, eps=eps)
+
+    def rmsnorm_gated_linear_layer(
+        self,
+        *,
+        input: TensorHandle,
+        weight_norm: TensorHandle,
+        weight_gate: TensorHandle,
+        weight_up: TensorHandle,
+        output: TensorHandle,
+        eps: float = 1e-6,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input [D]), weights [N, D]."""
+        num_rows, hidden_size = _matrix("rmsnorm_gated_linear_layer", weight_gate)
+        _check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
+        _check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
+        _check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        _check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
+        tensors = {"input": input, "weight_norm": weight_norm, "weight_gate": weight_gate, "weight_up": weight_up}
+        self._call(RMSNORM_GATED_LINEAR, label, grid_dim, tensors | {"output": output}, eps=eps)
+
+    def linear_with_residual_layer(
+        self,
+        *,
+        input: TensorHandle,
+        weight: TensorHandle,
+        residual: TensorHandle,
+        output: TensorHandle,
+        bias: TensorHandle | None = None,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [N] fp32 = residual [N] fp32 + weight [N, K] @ input [K] + bias [N]."""
+        num_rows, k = _matrix("linear_with_residual_layer", weight)
+        _check_dims("linear_with_residual_layer", input, "input", (k,))
+        _check_dims("linear_with_residual_layer", residual, "residual", (num_rows,))
+        _check_dims("linear_with_residual_layer", output, "output", (num_rows,))
+        if bias:
+            _check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
+        tensors = {"input": input, "weight": weight, "residual": residual, "output": output, "bias": bias}
+        self._call(LINEAR_RESIDUAL, label, grid_dim, tensors)
+
+    def attention_layer(
+        self,
+        *,
+        input: TensorHandle,
+        k_cache: TensorHandle,
+        v_cache: TensorHandle,
+        page_table: TensorHandle,
+        cos_pos_embed: TensorHandle,
+        sin_pos_embed: TensorHandle,
+        output: TensorHandle,
+        num_q_heads: int,
+        q_norm: TensorHandle | None = None,
+        k_norm: TensorHandle | None = None,
+        scale: float | None = None,
+        eps: float = 1e-6,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [H * Dh] = attention of the new token, whose q, k, v are `input` [(H + 2 Hkv) * Dh].
+
+        Caches [num_pages, Hkv, page_size, Dh]; page_table int32 [pages of the sequence]; cos and sin [max_seq_len, Dh]
+        fp32; q_norm and k_norm [Dh] as in Qwen3. `grid_dim` is the number of splits of the KV length per KV head.
+        """
+        _, num_kv_heads, page_size, head_dim = k_cache.dims
+        if num_q_heads % num_kv_heads:
+            raise ValueError(f"num_q_heads={num_q_heads} must be a multiple of the {num_kv_heads} heads of the KV cache")
+        _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
+        _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
+        _check_dims("attention_layer", output, "output", (num_q_heads * head_dim,))
+        block_kv = choose_block_kv(num_kv_heads, self.num_workers)
+        if page_size % block_kv:
+            raise ValueError(f"page_size={page_size} must be a multiple of {block_kv}, the rows that are read at once")
+        label = label or f"attention_{len(self.calls)}"
+        num_splits = grid_dim or choose_splits(num_kv_heads, self.num_workers)
+        partial = {
+            "acc": self.new_tensor((num_splits, num_q_heads, head_dim), torch.float32, name=f"{label}.acc"),
+            "row_max": self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{label}.max"),
+            "row_sum": self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{label}.sum"),
+        }
+        tensors = {
+            "input": input,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "page_table": page_table,
+            "cos_pos_embed": cos_pos_embed,
+            "sin_pos_embed": sin_pos_embed,
+            "step": self.step,
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+        }
+        scale = default_scale(head_dim) if scale is None else scale
+        options = {"num_q_heads": num_q_heads, "scale": scale, "block_kv": block_kv, "eps": eps}
+        self._call(ATTENTION, label, None, tensors | partial, **options)
+        merge = partial | {"step": self.step, "output": output}
+        self._call(ATTENTION_MERGE, f"{label}_merge", None, merge, block_kv=block_kv)
+
+    def lm_head_layer(
+        self,
+        *,
+        input: TensorHandle,
+        weight_norm: TensorHandle,
+        weight_linear: TensorHandle,
+        output: tuple[TensorHandle, TensorHandle],
+        eps: float = 1e-6,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): output [num_tasks] each."""
+        vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
+        _check_dims("lm_head_layer", input, "input", (hidden_size,))
+        _check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
+        best_value, best_index = output
+        _check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
+        self.vocab_size = vocab_size
+        tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "step": self.step}
+        best = {"best_value": best_value, "best_index": best_index}
+        self._call(LM_HEAD, label, grid_dim, tensors | best, eps=eps)
+
+    def argmax_layer(
+        self,
+        *,
+        input: tuple[TensorHandle, TensorHandle],
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """The most likely token goes to tokens[step + 1], and the step ends. `input` is lm_head_layer's output."""
+        tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens, "step": self.step}
+        self._call(ARGMAX, label, grid_dim, tensors)
+
+    # ---- from graph to launch ----
+
+    def plan(self) -> Program:
+        """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
+        if self.program is None:
+            if not any(call.op is ARGMAX for call in self.calls):
+                raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
+            weights = [t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None]
+            streamed = [t for call in self.calls for n, t in call.tensors.items() if t in weights and n.startswith("weight")]
+            dtypes = {t.dtype for t in streamed}
+            if len(dtypes) != 1:
+                raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
+            constants = kernel_constants(dtypes.pop(), [t.dims[1] for t in streamed], self.device.type == "cpu")
+            self.program = plan(self.calls, self.tensors, self.num_workers, constants)
+            if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
+                from tri_mpk.inspect import print_debug
+
+                print_debug(self.program)
+        return self.program
+
+    def compile(self) -> None:
+        """Plans, generates and compiles the kernel, and packs its queues for this device."""
+        if self.runtime is not None:
+            return
+        program = self.plan()
+        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s)
+        if self.device.type == "cuda":
+            self.runtime = CudaRuntime(*common, self.device)
+        elif self.device.type == "cpu":
+            self.runtime = InterpreterRuntime(*common)
+        else:
+            raise DeviceError(f"a kernel on {self.device} can be planned, not run; use a cuda or cpu device")
+
+    def launch(self, request: LaunchRequest) -> Iterator[int]:
+        """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
+        self.compile()
+        return self.runtime.run(request)
+
+    def __call__(
+        self, num_tokens: int = 1, max_new_tokens: int | None = None, eos_token_id: int | Sequence[int] = ()
+    ) -> int:
+        """Processes tokens[step:num_tokens], then chooses up to `max_new_tokens` more (None: until max_seq_len).
+
+        Returns the length of the sequence: tokens[:length] are valid and `step` stands at length - 1.
+        """
+        step = int(self.step.data)
+        limit = self.max_seq_len if max_new_tokens is None else num_tokens + max_new_tokens
+        if not step < num_tokens < limit <= self.max_seq_len:
+            raise ValueError(
+                f"num_tokens={num_tokens}, max_new_tokens={max_new_tokens} at step {step}: need step < num_tokens and"
+                f" num_tokens + max_new_tokens <= {self.max_seq_len} (the length of tokens)"
+            )
+        eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        request = LaunchRequest(num_tokens, limit - 2, eos, logits_from=num_tokens - 1)
+        return num_tokens + sum(1 for _ in self.launch(request))
+
+
+def default_num_workers(device: torch.device) -> int:
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return min(4, max(2, os.cpu_count() or 2))
+
+
+def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
+    if len(weight.dims) != 2:
+        raise ValueError(f"{layer}: {weight.name} must be a matrix [N, K], got {weight.dims}")
+    return weight.dims
+
+
+def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
+    if tensor.dims != dims:
+        raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")

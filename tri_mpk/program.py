@@ -1,0 +1,88 @@
+"""Plan: from a list of op calls to a verified, scheduled program and its kernel source. Needs no device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
+from tri_mpk.ops.op import Machine, OpCall, TensorHandle
+from tri_mpk.scheduler.descriptor import PackedQueues, pack
+from tri_mpk.scheduler.events import derive_events
+from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
+from tri_mpk.scheduler.queues import schedule
+from tri_mpk.scheduler.verify import Report, verify
+
+NUM_WARPS = 16
+
+
+@dataclass(slots=True)
+class Program:
+    """All that is known about a kernel before it meets a device."""
+
+    graph: TaskGraph
+    events: Events
+    schedule: Schedule
+    report: Report
+    variants: list[Variant]
+    constants: KernelConstants
+    tensors: dict[str, TensorHandle]
+    source: str
+    seconds: float  # that planning took
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.schedule.queues)
+
+    def pack(self) -> PackedQueues:
+        return pack(
+            self.graph,
+            self.events,
+            self.schedule,
+            task_words(v.op for v in self.variants),
+            [field_names(v.op) for v in self.variants],
+            {name: tensor.dtype.itemsize for name, tensor in self.tensors.items()},
+        )
+
+
+def kernel_constants(weight_dtype: torch.dtype, row_lengths: list[int], portable: bool) -> KernelConstants:
+    """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
+    align = 16 // weight_dtype.itemsize
+    if any(length % align for length in row_lengths):
+        align = 1
+    block_n, block_k = (64, 128) if portable else (NUM_WARPS, 256)
+    return KernelConstants(weight_dtype, align, block_n, block_k, portable)
+
+
+def plan(
+    calls: list[OpCall], tensors: dict[str, TensorHandle], num_workers: int, constants: KernelConstants
+) -> Program:
+    """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
+    started = time.perf_counter()
+    machine = Machine(num_workers, constants.block_n, constants.block_k, constants.align)
+    graph = TaskGraph()
+    variants: dict[Variant, int] = {}
+    for op_idx, call in enumerate(calls):
+        cut = call.op.cut(machine, **call.tensors, **call.options, grid_dim=call.grid_dim)
+        variant = Variant(
+            call.op,
+            tuple(cut.constants.items()),
+            tuple((name, tensor.dtype) for name, tensor in cut.pointers.items()),
+        )
+        index = variants.setdefault(variant, len(variants))
+        graph.ops.append(call.label)
+        for task in cut.tasks:
+            task.op, task.variant = op_idx, index
+        graph.tasks += cut.tasks
+    graph.tensors = {
+        name: TensorInfo((tensor.parts, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()
+    }
+    events = derive_events(graph)
+    queues = schedule(graph, events, num_workers)
+    report = verify(graph, events, queues)
+    source = generate(list(variants), constants)
+    return Program(
+        graph, events, queues, report, list(variants), constants, tensors, source, time.perf_counter() - started
+    )

@@ -1,0 +1,318 @@
+"""Run: a program's memory, its kernel, and launches, on a CUDA GPU or, in the interpreter, on a CPU.
+
+A launch is described by `LaunchRequest`; `Runtime.run` starts it and yields the new tokens while the kernel runs. The
+host touches nothing of the device meanwhile but the mailbox, which is its own pinned (or shared) memory.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tri_mpk.errors import DeviceError, MegakernelTimeout, WorkerDiedError
+from tri_mpk.generator import import_source, write_source
+from tri_mpk.ops import argmax
+from tri_mpk.program import NUM_WARPS, Program
+from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE
+from tri_mpk.scheduler.graph import STEP_EVENT
+from tri_mpk.shared_memory import SharedMemory
+
+CONTROL_WORDS = 64
+MAX_EOS = 32
+MAILBOX_STOP = argmax.MAILBOX_STOP.value
+MAILBOX_NUM_TOKENS = argmax.MAILBOX_NUM_TOKENS.value
+MAILBOX_TOKENS = argmax.MAILBOX_TOKENS.value
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What one launch has to do. Positions count from 0; the step tensor says where it begins."""
+
+    num_known: int  # tokens given; the first chosen one goes to this position
+    last_step: int  # position of the last token to process
+    eos_token_ids: tuple[int, ...] = ()
+    logits_from: int = 0  # first position whose logits are wanted
+    logits: torch.Tensor | None = None  # [positions, V] fp32 for the logits of all positions; None: only the last
+
+
+def wrap_int32(n: int) -> int:
+    return (n + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+class Runtime:
+    """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
+
+    def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
+        self.program = program
+        self.vocab_size = vocab_size
+        self.wait_bound_s = wait_bound_s
+        self.max_new_tokens = max_new_tokens
+        self.source_path = write_source(program.source)
+        self.next_epoch = 1
+        self.num_launches = 0
+
+    def _allocate_state(self) -> None:
+        num_events = len(self.program.events.events)
+        self.events = self.empty((num_events * EVENT_STRIDE,), torch.int32)
+        self.control = self.empty((CONTROL_WORDS,), torch.int64)
+        self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes `epoch` (any int32) the next one, as if the steps before it had run."""
+        counters = torch.zeros(self.events.shape, dtype=torch.int32)
+        for i, event in enumerate(self.program.events.events):
+            counters[i * EVENT_STRIDE] = wrap_int32((epoch - 1) * event.count)
+        self.events.copy_(counters)
+        self.next_epoch = epoch
+
+    def run(self, request: LaunchRequest) -> Iterator[int]:
+        """Launches once and yields the chosen tokens as they come.
+
+        Raises MegakernelTimeout when a wait in the kernel exceeded its bound. On KeyboardInterrupt (or when the
+        iterator is closed) the kernel is asked to stop, and has stopped when this returns.
+        """
+        assert len(request.eos_token_ids) <= MAX_EOS, request.eos_token_ids
+        control = torch.zeros(CONTROL_WORDS, dtype=torch.int64)
+        control[words.CONTROL_FIRST_EPOCH.value] = self.next_epoch
+        control[words.CONTROL_NUM_KNOWN.value] = request.num_known
+        control[words.CONTROL_LAST_STEP.value] = request.last_step
+        control[words.CONTROL_LOGITS_FROM.value] = request.logits_from
+        control[words.CONTROL_LOGITS_STRIDE.value] = 0 if request.logits is None else request.logits.shape[-1]
+        control[words.CONTROL_WAIT_BOUND.value] = self.wait_bound()
+        control[words.CONTROL_NUM_EOS.value] = len(request.eos_token_ids)
+        control[words.CONTROL_STEP_COUNT.value] = self.program.events.events[STEP_EVENT].count
+        for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
+            control[i] = token
+        self.control.copy_(control)
+        self.mailbox.zero_()
+        self.num_launches += 1
+        self.start(request)
+        mailbox = self.mailbox.numpy()
+        num_seen = 0
+        try:
+            while num_seen < mailbox[MAILBOX_NUM_TOKENS] or not self.finished():
+                if num_seen < mailbox[MAILBOX_NUM_TOKENS]:
+                    yield int(mailbox[MAILBOX_TOKENS + num_seen])
+                    num_seen += 1
+                else:
+                    time.sleep(50e-6)
+        finally:
+            mailbox[MAILBOX_STOP] = 1
+            while not self.finished():
+                time.sleep(50e-6)
+            self._check_outcome()
+        yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
+
+    def _check_outcome(self) -> None:
+        control = self.control.cpu()
+        if control[words.CONTROL_ABORT.value]:
+            self.set_epoch(1)
+            raise self._timeout(control)
+        self.next_epoch = wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
+
+    def _timeout(self, control: torch.Tensor) -> MegakernelTimeout:
+        task = int(control[words.CONTROL_STUCK_TASK.value])
+        seen = int(control[words.CONTROL_STUCK_SEEN.value])
+        wanted = int(control[words.CONTROL_STUCK_WANTED.value])
+        program = self.program
+        if task < 0:
+            return MegakernelTimeout("the end of the step", -1 - task, STEP_EVENT, seen, wanted)
+        event = program.events.wait[task]
+        worker = next(w for w, queue in enumerate(program.schedule.queues) if task in queue)
+        producers = ", ".join(program.graph.task_name(t) for t in program.events.events[event].producers[:4])
+        detail = f"it is signalled by {len(program.events.events[event].producers)} tasks ({producers}, ...)"
+        return MegakernelTimeout(program.graph.task_name(task), worker, event, seen, wanted, detail)
+
+    # what the two kinds of device do differently
+    def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+    def free(self, tensor: torch.Tensor) -> None: ...
+    def host_empty(self, num_words: int) -> torch.Tensor: ...
+    def wait_bound(self) -> int: ...
+    def start(self, request: LaunchRequest) -> None: ...
+    def finished(self) -> bool: ...
+
+
+class CudaRuntime(Runtime):
+    """One cooperative launch, one program per SM, on the current stream."""
+
+    def __init__(
+        self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float, cuda_device: torch.device
+    ):
+        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
+        self.device = cuda_device
+        for tensor in program.tensors.values():
+            if tensor.data is None:
+                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
+        self._allocate_state()
+        self.default_logits = self.empty((self.vocab_size,), torch.float32)
+        packed = program.pack()
+        addresses = {name: program.tensors[name].data.data_ptr() for name in packed.tensor_names}
+        self.queue = torch.from_numpy(packed.relocate(addresses)).to(cuda_device)
+        self.queue_start = torch.from_numpy(packed.queue_start).to(cuda_device)
+        self.kernel = import_source(self.source_path).megakernel
+        self.done = torch.cuda.Event()
+        self.compiled = self._compile()
+
+    def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(dims, dtype=dtype, device=self.device)
+
+    def host_empty(self, num_words: int) -> torch.Tensor:
+        return torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
+
+    def wait_bound(self) -> int:
+        return int(self.wait_bound_s * 1e9)
+
+    def _arguments(self, logits: torch.Tensor | None) -> tuple:
+        logits = self.default_logits if logits is None else logits
+        return self.queue, self.queue_start, self.events, self.control, logits, self.mailbox, 0
+
+    def _compile(self):
+        with torch.cuda.device(self.device):
+            return self.kernel.warmup(
+                *self._arguments(None),
+                grid=(self.program.num_workers,),
+                num_warps=NUM_WARPS,
+                launch_cooperative_grid=True,
+            )
+
+    def start(self, request: LaunchRequest) -> None:
+        num_workers = self.program.num_workers
+        with torch.cuda.device(self.device):
+            try:
+                self.kernel[(num_workers,)](
+                    *self._arguments(request.logits), num_warps=NUM_WARPS, launch_cooperative_grid=True
+                )
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"{self.device} cannot run {num_workers} workers at once (an MPS share, a MIG slice or another"
+                    f" program may hold some SMs): {error}. Choose fewer with num_workers=..."
+                ) from error
+            self.done.record()
+
+    def finished(self) -> bool:
+        return self.done.query()
+
+
+class InterpreterRuntime(Runtime):
+    """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
+
+    POLLS_PER_SECOND = 20_000  # about what one interpreted poll costs
+
+    def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
+        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
+        self.device = torch.device("cpu")
+        self.memory = SharedMemory()
+        for tensor in program.tensors.values():
+            if tensor.data is None:
+                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
+            self.memory.move(tensor.data)
+        self._allocate_state()
+        self.default_logits = self.empty((self.vocab_size,), torch.float32)
+        self._start_workers()
+
+    def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.memory.empty(dims, dtype)
+
+    def free(self, tensor: torch.Tensor) -> None:
+        self.memory.free(tensor)
+
+    def host_empty(self, num_words: int) -> torch.Tensor:
+        return self.memory.empty((num_words,), torch.int64)
+
+    def wait_bound(self) -> int:
+        return int(self.wait_bound_s * self.POLLS_PER_SECOND)
+
+    def _start_workers(self) -> None:
+        script = Path(__file__).with_name("_interpreter_worker.py")
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self.stderr = tempfile.TemporaryFile()
+        self.workers = [
+            subprocess.Popen(
+                [sys.executable, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.stderr,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the host, which then asks the kernel to stop
+            )
+            for _ in range(self.program.num_workers)
+        ]
+        self._finalizer = weakref.finalize(self, _stop_workers, self.workers)
+        self.selector = selectors.DefaultSelector()
+        for worker, process in enumerate(self.workers):
+            self.selector.register(process.stdout, selectors.EVENT_READ, worker)
+        packed = self.program.pack()
+        tensors = self.program.tensors
+        message = {
+            "what": "load",
+            "source": str(self.source_path),
+            "tensors": [self.memory.locate(tensors[name].data) for name in packed.tensor_names],
+            "words": torch.from_numpy(packed.words),
+            "positions": torch.from_numpy(packed.positions),
+            "indices": torch.from_numpy(packed.tensors).long(),
+            "signs": torch.from_numpy(packed.signs),
+            "queue_start": torch.from_numpy(packed.queue_start),
+            "arguments": [(*self.memory.locate(t), t.dtype) for t in (self.events, self.control, self.mailbox)],
+        }
+        for worker, process in enumerate(self.workers):
+            self._send(process, message | {"worker": worker})
+        self.busy = set(range(len(self.workers)))
+        while not self.finished(timeout=1.0):
+            pass
+
+    def _send(self, process: subprocess.Popen, message: dict) -> None:
+        try:
+            pickle.dump(message, process.stdin)
+            process.stdin.flush()
+        except BrokenPipeError:
+            self._fail("a worker process is gone")
+
+    def start(self, request: LaunchRequest) -> None:
+        if not self.workers:
+            self._start_workers()
+        logits = self.default_logits if request.logits is None else request.logits
+        for process in self.workers:
+            self._send(process, {"what": "run", "logits": self.memory.locate(logits)})
+        self.busy = set(range(len(self.workers)))
+
+    def finished(self, timeout: float = 0.0) -> bool:
+        if self.busy:
+            for key, _ in self.selector.select(timeout):
+                try:
+                    answer = pickle.load(key.fileobj)
+                except EOFError:
+                    answer = "the process ended"
+                if answer is not None:
+                    self._fail(f"worker {key.data}: {answer}")
+                self.busy.discard(key.data)
+        return not self.busy
+
+    def _fail(self, reason: str) -> None:
+        """One worker is lost, so no wait can be relied on: end all, start new ones, and say what happened."""
+        self.busy = set()
+        self._finalizer()
+        self.stderr.seek(0)
+        output = self.stderr.read().decode(errors="replace")[-2000:]
+        self.set_epoch(1)
+        self.workers = []
+        raise WorkerDiedError(f"{reason}\n{output}".rstrip())
+
+
+def _stop_workers(workers: list[subprocess.Popen]) -> None:
+    for process in workers:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
