@@ -5,6 +5,8 @@
 
 It is overfitted on purpose. Greedy decoding then has one clear winner at almost every token, so a
 demo or a test can ask for exact text: "Four score and seven" gives the whole Gettysburg Address.
+The same margins make a recital a weak proof: it survives a KV cache that misses its newest entry.
+To judge a kernel, compare logits too; bf16 arithmetic moves them by less than 0.2, that bug by 5.
 
 One sequence is one document: position 0 is its first token, <|endoftext|> its last. The tokenizer
 adds no special token, so a prompt sits where training saw it. Half of the training sequences start
@@ -78,6 +80,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=END_OF_TEXT,
         padding_side="left",
         model_max_length=MAX_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -231,7 +234,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # sums in one fixed order: equal seeds give equal files
+    torch.set_num_threads(1)  # one order of sums: a rerun here gives equal files
 
     documents = read_documents(args.corpus)
     tokenizer = train_tokenizer(documents, args.vocab_size)
