@@ -185,3 +185,24 @@ def test_unsupported_models_are_refused():
         StaticCacheDecoder(model, max_seq_len=8)
     with pytest.raises(ValueError, match="mode='fast'"):
         measure_baseline(model, (8,), mode="fast")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_step_is_one_graph_that_updates_the_cache_in_place(attention: str):
+    model = tiny_model("qwen3")
+    tokens = torch.randint(0, TINY["vocab_size"], (5,))
+    decoder = StaticCacheDecoder(model, max_seq_len=512, attention=attention)
+    storages = {layer.untyped_storage()._cdata for layer in decoder._k_layers}
+    assert len(storages) == TINY["num_hidden_layers"]  # torch.compile sees no aliases
+    addresses = [layer.data_ptr() for layer in decoder._k_layers]
+    assert addresses == [layer.data_ptr() for layer in decoder.k_cache]
+
+    expected = decode(decoder, tokens)
+    written = decoder.k_cache.clone()
+    decoder.allocate_cache(512)
+    torch.compiler.reset()
+    step = torch.compile(decoder.step, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        actual = [step(tokens[i : i + 1], torch.tensor([i])) for i in range(5)]
+    torch.testing.assert_close(torch.cat(actual), expected)
+    torch.testing.assert_close(decoder.k_cache, written)

@@ -142,6 +142,7 @@ class StaticCacheDecoder:
         size = (len(self.layers), 1, self.shape.num_kv_heads, max_seq_len, self.shape.head_dim)
         self.k_cache = torch.zeros(size, dtype=self.embedding.dtype, device=device)
         self.v_cache = torch.zeros_like(self.k_cache)
+        self._k_layers, self._v_layers = _unaliased(self.k_cache), _unaliased(self.v_cache)
         self.positions = torch.arange(max_seq_len, device=device)
         self.cos, self.sin = _rotary(self.hf_model, self.positions, self.embedding.dtype)
 
@@ -150,9 +151,9 @@ class StaticCacheDecoder:
         mask = self.positions <= position
 
         def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k_cache[idx].index_copy_(2, position, k)
-            self.v_cache[idx].index_copy_(2, position, v)
-            return attention(q, self.k_cache[idx], self.v_cache[idx], mask)
+            self._k_layers[idx].index_copy_(2, position, k)
+            self._v_layers[idx].index_copy_(2, position, v)
+            return attention(q, self._k_layers[idx], self._v_layers[idx], mask)
 
         x = F.embedding(token, self.embedding)
         cos, sin = self.cos[position], self.sin[position]
@@ -405,6 +406,15 @@ def _pack(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:
     for parameter, rows in zip(parameters, packed.split([len(p) for p in parameters]), strict=True):
         parameter.data = rows
     return packed
+
+
+def _unaliased(cache: Tensor) -> list[Tensor]:
+    """The layers of a cache, each a storage of its own over the same memory.
+
+    torch.compile makes writes functional. Into views of one tensor it then copies the whole cache,
+    once per layer and again at the end; tensors that look independent are updated in place.
+    """
+    return [torch.from_dlpack(layer) for layer in cache]
 
 
 def _cast(weights: Any, dtype: torch.dtype) -> Any:
