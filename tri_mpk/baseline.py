@@ -1,9 +1,7 @@
-"""What the megakernel is measured against, and what its logits are compared with.
+"""The strong kernel-per-operator baseline that the megakernel is measured against.
 
-`StaticCacheDecoder` is the strong kernel-per-operator decoder: batch 1, static KV cache, plain
-torch functions that `torch.compile(fullgraph=True)` fuses and one CUDA graph replays.
-`reference_logits` runs the same layers eagerly, in fp32 (the definition of correct) or in bf16 (the
-noise of transformers). Run eagerly, every operation rounds where transformers' own rounds.
+Batch 1, static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses and one
+CUDA graph replays; and the bandwidth of a device copy, the yardstick of bytes per token.
 """
 
 from __future__ import annotations
@@ -11,101 +9,36 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from tri_mpk.reference import (
+    check_supported,
+    decode_layer,
+    layer_weights,
+    linear_of,
+    model_shape,
+    reference_logits,
+    rms_norm,
+    rotary_tables,
+)
+
+__all__ = [
+    "ATTENTIONS",
+    "StaticCacheDecoder",
+    "bucket",
+    "copy_bandwidth_gbps",
+    "measure_baseline",
+    "reference_logits",
+]
+
 ATTENTIONS = ("sdpa", "split")
 SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
-
-Linear = tuple[Tensor, Tensor | None]  # weight [N, K], bias [N]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class LayerWeights(NamedTuple):
-    """One layer. `qkv` and `gate_up` hold one packed linear, or three and two separate ones."""
-
-    attention_norm: Tensor
-    qkv: tuple[Linear, ...]
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    mlp_norm: Tensor
-    gate_up: tuple[Linear, ...]
-    down: Linear
-
-
-class Shape(NamedTuple):
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    eps: float
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x_hat = x.float()
-    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * x_hat.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [..., head_dim] by cos, sin [1, head_dim]."""
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat((-high, low), -1) * sin
-
-
-def project(x: Tensor, linears: tuple[Linear, ...], sizes: tuple[int, ...]) -> Sequence[Tensor]:
-    """x [1, K] through packed or separate linears: one [1, N] per entry of `sizes`."""
-    if len(linears) == 1:
-        return F.linear(x, *linears[0]).split(sizes, -1)
-    return [F.linear(x, weight, bias) for weight, bias in linears]
-
-
-def decode_layer(
-    x: Tensor, idx: int, layer: LayerWeights, shape: Shape, cos: Tensor, sin: Tensor, attend: Attend
-) -> Tensor:
-    """One layer for one token: x [1, D] -> [1, D]. `attend` returns [1, H, 1, head_dim]."""
-    heads, kv_heads, dh, ff, eps = shape
-    y = rms_norm(x, layer.attention_norm, eps)
-    q, k, v = project(y, layer.qkv, (heads * dh, kv_heads * dh, kv_heads * dh))
-    q, k, v = q.view(1, heads, 1, dh), k.view(1, kv_heads, 1, dh), v.view(1, kv_heads, 1, dh)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-    out = attend(idx, rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x = x + F.linear(out.reshape(1, heads * dh), *layer.o)
-
-    gate, up = project(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, (ff, ff))
-    return x + F.linear(F.silu(gate) * up, *layer.down)
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [1, H, 1, dh], k and v [1, KV, S, dh], mask [S] bool -> [1, H, 1, dh]."""
-    return F.scaled_dot_product_attention(q, k, v, mask[None, None, None], enable_gqa=True)
-
-
-def attention_split(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same with the KV length cut into parts, so that few KV heads still fill a GPU."""
-    _, heads, _, dh = q.shape
-    _, kv_heads, seq_len, _ = k.shape
-    parts = seq_len // SPLIT_TOKENS if seq_len % SPLIT_TOKENS == 0 else 1
-    group = heads // kv_heads
-    q = q.view(kv_heads, 1, group, dh).expand(kv_heads, parts, group, dh)
-    k, v = k.view(kv_heads, parts, -1, dh), v.view(kv_heads, parts, -1, dh)
-
-    scores = (q @ k.transpose(2, 3)).float() * dh**-0.5  # [KV, parts, group, S / parts]
-    scores = scores.masked_fill(~mask.view(1, parts, 1, -1), float("-inf"))
-    scores = scores - scores.amax((1, 3), keepdim=True)
-    weights = scores.exp()
-    weights = weights / weights.sum((1, 3), keepdim=True)
-    out = (weights.to(v.dtype) @ v).float().sum(1)  # [KV, group, dh]
-    return out.to(v.dtype).view(1, heads, 1, dh)
 
 
 class StaticCacheDecoder:
@@ -123,28 +56,28 @@ class StaticCacheDecoder:
         pack: bool = True,
         attention: str = "sdpa",
     ) -> None:
-        _check_supported(hf_model, max_seq_len)
+        check_supported(hf_model, max_seq_len)
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r} is not known; choose one of {ATTENTIONS}")
         self.hf_model = hf_model
         self.attention = attention
-        self.shape = _shape(hf_model)
+        self.shape = model_shape(hf_model)
         self.embedding = hf_model.model.embed_tokens.weight.detach()
         self.norm = hf_model.model.norm.weight.detach()
-        self.lm_head = _linear(hf_model.lm_head)
-        self.layers = [_layer_weights(layer, pack) for layer in hf_model.model.layers]
+        self.lm_head = linear_of(hf_model.lm_head)
+        self.layers = [layer_weights(layer, pack) for layer in hf_model.model.layers]
         self.allocate_cache(max_seq_len)
 
     def allocate_cache(self, max_seq_len: int) -> None:
         """A cache of zeros, and rotary tables [max_seq_len, head_dim] of the model's own module."""
-        _check_supported(self.hf_model, max_seq_len)
+        check_supported(self.hf_model, max_seq_len)
         device = self.embedding.device
         size = (len(self.layers), 1, self.shape.num_kv_heads, max_seq_len, self.shape.head_dim)
         self.k_cache = torch.zeros(size, dtype=self.embedding.dtype, device=device)
         self.v_cache = torch.zeros_like(self.k_cache)
         self._k_layers, self._v_layers = _unaliased(self.k_cache), _unaliased(self.v_cache)
         self.positions = torch.arange(max_seq_len, device=device)
-        self.cos, self.sin = _rotary(self.hf_model, self.positions, self.embedding.dtype)
+        self.cos, self.sin = rotary_tables(self.hf_model, self.positions, self.embedding.dtype)
 
     def _logits(self, token: Tensor, position: Tensor) -> Tensor:
         attention = attention_sdpa if self.attention == "sdpa" else attention_split
@@ -170,38 +103,36 @@ class StaticCacheDecoder:
         return self._logits(token, position).argmax(-1)
 
 
-@torch.no_grad()
-def reference_logits(
-    hf_model: PreTrainedModel,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    token: Tensor,
-    position: Tensor | int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Logits [1, vocab] fp32 of token [1] at `position`, computed eagerly in `dtype`.
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [1, H, 1, dh], k and v [1, KV, S, dh], mask [S] bool -> [1, H, 1, dh]."""
+    return F.scaled_dot_product_attention(q, k, v, mask[None, None, None], enable_gqa=True)
 
-    Reads k_cache, v_cache [L, 1, num_kv_heads, S, head_dim] below `position` and leaves them
-    unchanged. Weights are cast layer by layer, so an 8B model needs no second copy of itself.
+
+def attention_split(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with the KV length cut into parts, so that few KV heads still fill a GPU."""
+    _, heads, _, dh = q.shape
+    _, kv_heads, seq_len, _ = k.shape
+    parts = seq_len // SPLIT_TOKENS if seq_len % SPLIT_TOKENS == 0 else 1
+    group = heads // kv_heads
+    q = q.view(kv_heads, 1, group, dh).expand(kv_heads, parts, group, dh)
+    k, v = k.view(kv_heads, parts, -1, dh), v.view(kv_heads, parts, -1, dh)
+
+    scores = (q @ k.transpose(2, 3)).float() * dh**-0.5  # [KV, parts, group, S / parts]
+    scores = scores.masked_fill(~mask.view(1, parts, 1, -1), float("-inf"))
+    scores = scores - scores.amax((1, 3), keepdim=True)
+    probs = scores.exp()
+    probs = probs / probs.sum((1, 3), keepdim=True)
+    out = (probs.to(v.dtype) @ v).float().sum(1)  # [KV, group, dh]
+    return out.to(v.dtype).view(1, heads, 1, dh)
+
+
+def _unaliased(cache: Tensor) -> list[Tensor]:
+    """The layers of a cache, each a storage of its own over the same memory.
+
+    torch.compile makes writes functional. Into views of one tensor it then copies the whole cache,
+    once per layer and again at the end; tensors that look independent are updated in place.
     """
-    seq_len = int(position)
-    _check_supported(hf_model, seq_len + 1)
-    shape = _shape(hf_model)
-    at = torch.tensor([seq_len], device=token.device)
-    cos, sin = _rotary(hf_model, at, dtype)
-
-    def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k = torch.cat((k_cache[idx, :, :, :seq_len].to(dtype), k), 2)
-        v = torch.cat((v_cache[idx, :, :, :seq_len].to(dtype), v), 2)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    with _exact_fp32():
-        x = F.embedding(token, hf_model.model.embed_tokens.weight).to(dtype)
-        for idx, module in enumerate(hf_model.model.layers):
-            layer = _cast(_layer_weights(module, pack=False), dtype)
-            x = decode_layer(x, idx, layer, shape, cos, sin, attend)
-        x = rms_norm(x, hf_model.model.norm.weight.to(dtype), shape.eps)
-        return F.linear(x, *_cast(_linear(hf_model.lm_head), dtype)).float()
+    return [torch.from_dlpack(layer) for layer in cache]
 
 
 def measure_baseline(
@@ -346,100 +277,3 @@ def _sample_ms(
             event.record()
         torch.cuda.synchronize()
     return [a.elapsed_time(b) / replays for a, b in itertools.pairwise(events)]
-
-
-def _check_supported(hf_model: PreTrainedModel, max_seq_len: int) -> None:
-    """Refuse by name what `decode_layer` does not compute."""
-    config = hf_model.config
-    if config.model_type not in FAMILIES:
-        raise NotImplementedError(f"model_type={config.model_type!r}; the baseline has {FAMILIES}")
-    if config.hidden_act != "silu":
-        raise NotImplementedError(f"hidden_act={config.hidden_act!r}; the baseline has 'silu'")
-    if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        raise NotImplementedError(f"rope_parameters={config.rope_parameters}: tables are static")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < max_seq_len:
-        raise NotImplementedError(f"sliding_window={window} is shorter than {max_seq_len} tokens")
-
-
-def _shape(hf_model: PreTrainedModel) -> Shape:
-    config = hf_model.config
-    return Shape(
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=hf_model.model.layers[0].self_attn.head_dim,
-        intermediate_size=config.intermediate_size,
-        eps=config.rms_norm_eps,
-    )
-
-
-def _linear(module: nn.Linear) -> Linear:
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
-
-
-def _linears(modules: Sequence[nn.Linear], pack: bool) -> tuple[Linear, ...]:
-    if not pack:
-        return tuple(_linear(module) for module in modules)
-    return ((_pack([m.weight for m in modules]), _pack([m.bias for m in modules])),)
-
-
-def _layer_weights(layer: nn.Module, pack: bool) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return LayerWeights(
-        attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=_linears((attention.q_proj, attention.k_proj, attention.v_proj), pack),
-        q_norm=None if q_norm is None else q_norm.weight.detach(),
-        k_norm=None if k_norm is None else k_norm.weight.detach(),
-        o=_linear(attention.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_linears((mlp.gate_proj, mlp.up_proj), pack),
-        down=_linear(mlp.down_proj),
-    )
-
-
-def _pack(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:
-    """One tensor of all rows; the parameters become views of it. None if there are none."""
-    if parameters[0] is None:
-        return None
-    packed = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, rows in zip(parameters, packed.split([len(p) for p in parameters]), strict=True):
-        parameter.data = rows
-    return packed
-
-
-def _unaliased(cache: Tensor) -> list[Tensor]:
-    """The layers of a cache, each a storage of its own over the same memory.
-
-    torch.compile makes writes functional. Into views of one tensor it then copies the whole cache,
-    once per layer and again at the end; tensors that look independent are updated in place.
-    """
-    return [torch.from_dlpack(layer) for layer in cache]
-
-
-def _cast(weights: Any, dtype: torch.dtype) -> Any:
-    """A tuple of tensors, however nested, in another dtype."""
-    if weights is None or isinstance(weights, Tensor):
-        return None if weights is None else weights.to(dtype)
-    cast = [_cast(part, dtype) for part in weights]
-    return type(weights)(*cast) if isinstance(weights, LayerWeights) else tuple(cast)
-
-
-def _rotary(
-    hf_model: PreTrainedModel, positions: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos, sin [len(positions), head_dim], rounded to `dtype` as in the model's forward."""
-    like = torch.empty(0, dtype=dtype, device=positions.device)
-    cos, sin = hf_model.model.rotary_emb(like, positions[None])
-    return cos[0], sin[0]
-
-
-@contextmanager
-def _exact_fp32() -> Iterator[None]:
-    """fp32 products in fp32, also where the caller has allowed TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
