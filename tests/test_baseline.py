@@ -1,0 +1,213 @@
+"""The baseline decoder and the reference equal transformers. Tiny models, no GPU."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tri_mpk.baseline import (
+    ATTENTIONS,
+    StaticCacheDecoder,
+    bucket,
+    copy_bandwidth_gbps,
+    measure_baseline,
+    reference_logits,
+)
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(
+        **TINY,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen2": lambda: Qwen2Config(**TINY),
+    "qwen3": lambda: Qwen3Config(**TINY, head_dim=16),
+    "mistral": lambda: MistralConfig(**TINY, sliding_window=None),
+}
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model whose norms and biases are random too, so that none can be forgotten."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.copy_(parameter.to(dtype))
+    rotary = model.model.rotary_emb
+    inv_freq = rotary.inv_freq
+    model.to(dtype)
+    rotary.inv_freq = inv_freq  # .to(bfloat16) would round it; from_pretrained keeps it in fp32
+    return model
+
+
+@torch.no_grad()
+def full_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens[None]).logits[0].float()
+
+
+def decode(decoder: StaticCacheDecoder, tokens: torch.Tensor) -> torch.Tensor:
+    steps = [decoder.step(tokens[i : i + 1], torch.tensor([i])) for i in range(len(tokens))]
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_decoder_equals_transformers(family: str, pack: bool, attention: str):
+    model = tiny_model(family)
+    tokens = torch.randint(0, TINY["vocab_size"], (11,))
+    expected = full_logits(model, tokens)
+    decoder = StaticCacheDecoder(model, max_seq_len=512, pack=pack, attention=attention)
+    actual = decode(decoder, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    assert actual.dtype == torch.float32 and actual.shape == (11, TINY["vocab_size"])
+    assert not decoder.k_cache[:, :, :, 11:].any() and decoder.k_cache[:, :, :, :11].all()
+    again = decoder.next_token(tokens[-1:], torch.tensor([10]))
+    assert again.tolist() == [int(expected[-1].argmax())]
+    torch.testing.assert_close(full_logits(model, tokens), expected)  # packing left it usable
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_reference_equals_transformers(family: str):
+    model = tiny_model(family)
+    tokens = torch.randint(0, TINY["vocab_size"], (9,))
+    expected = full_logits(model, tokens)
+    decoder = StaticCacheDecoder(model, max_seq_len=16)
+    decode(decoder, tokens)
+    decoder.k_cache[:, :, :, 8:] = float("nan")  # the reference makes its own entry at 8
+    before = decoder.k_cache.clone()
+    for position in (8, torch.tensor([8])):
+        actual = reference_logits(model, decoder.k_cache, decoder.v_cache, tokens[8:], position)
+        torch.testing.assert_close(actual[0], expected[8], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder.k_cache, before, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bf16_reference_rounds_like_transformers(family: str):
+    model = tiny_model(family, torch.bfloat16)
+    tokens = torch.randint(0, TINY["vocab_size"], (9,))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[None, :8], past_key_values=cache)
+        kv = [torch.stack([getattr(x, n) for x in cache.layers]) for n in ("keys", "values")]
+        theirs = model(tokens[None, 8:], past_key_values=cache).logits[0, 0].float()
+    exact = reference_logits(model, *kv, tokens[8:], 8)[0]
+    bf16 = reference_logits(model, *kv, tokens[8:], 8, dtype=torch.bfloat16)[0]
+    noise = (theirs - exact).norm()
+    assert noise > 0
+    assert (bf16 - theirs).norm() < 0.1 * noise  # the same bits, unless a kernel differs by shape
+
+    decoder = StaticCacheDecoder(model, max_seq_len=16)
+    decoder.k_cache[:, :, :, :8], decoder.v_cache[:, :, :, :8] = kv
+    assert (decoder.step(tokens[8:], torch.tensor([8]))[0] - exact).norm() < 2 * noise
+
+
+def test_reference_upcasts_a_bf16_model_exactly():
+    model = tiny_model("qwen3", torch.bfloat16)
+    decoder = StaticCacheDecoder(model, max_seq_len=16)
+    decode(decoder, torch.arange(5))
+    upcast = copy.deepcopy(model).float()
+    cache = (decoder.k_cache, decoder.v_cache, torch.tensor([7]), 5)
+    assert torch.equal(reference_logits(model, *cache), reference_logits(upcast, *cache))
+
+
+def test_packed_parameters_are_views():
+    model = tiny_model("qwen2")
+    decoder = StaticCacheDecoder(model, max_seq_len=8)
+    attention = model.model.layers[1].self_attn
+    weight, bias = decoder.layers[1].qkv[0]
+    for packed, name in itertools.product((weight, bias), ("q_proj", "k_proj", "v_proj")):
+        part = getattr(attention, name)
+        part = part.weight if packed is weight else part.bias
+        assert part.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+    assert decoder.lm_head[0].data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_measure_reports_the_fastest():
+    rows = measure_baseline(tiny_model("llama"), (3, 300), mode="eager", samples=5, replays=1)
+    assert [(r["context"], r["cache_len"]) for r in rows] == [(3, 4), (300, 512)]
+    for row in rows:
+        assert set(row["tried"]) == {"eager/sdpa", "eager/split"}
+        assert row["ms_p50"] == min(row["tried"].values())
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+
+
+def test_bucket():
+    assert [bucket(n) for n in (1, 2, 3, 512, 513)] == [1, 2, 4, 512, 1024]
+    assert bucket(600, max_seq_len=768) == 768
+    with pytest.raises(ValueError, match="context=9"):
+        bucket(9, max_seq_len=8)
+
+
+def test_copy_bandwidth():
+    assert copy_bandwidth_gbps("cpu", buffer_bytes=1 << 20, repeats=3) > 0
+
+
+def test_unsupported_models_are_refused():
+    model = tiny_model("mistral")
+    model.config.sliding_window = 64
+    StaticCacheDecoder(model, max_seq_len=64)
+    with pytest.raises(NotImplementedError, match="sliding_window=64"):
+        StaticCacheDecoder(model, max_seq_len=65)
+    with pytest.raises(ValueError, match="attention='flash'"):
+        StaticCacheDecoder(model, max_seq_len=8, attention="flash")
+    model.config.hidden_act = "gelu"
+    with pytest.raises(NotImplementedError, match="hidden_act='gelu'"):
+        StaticCacheDecoder(model, max_seq_len=8)
+    with pytest.raises(ValueError, match="mode='fast'"):
+        measure_baseline(model, (8,), mode="fast")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_step_is_one_graph_that_updates_the_cache_in_place(attention: str):
+    model = tiny_model("qwen3")
+    tokens = torch.randint(0, TINY["vocab_size"], (5,))
+    decoder = StaticCacheDecoder(model, max_seq_len=512, attention=attention)
+    storages = {layer.untyped_storage()._cdata for layer in decoder._k_layers}
+    assert len(storages) == TINY["num_hidden_layers"]  # torch.compile sees no aliases
+    addresses = [layer.data_ptr() for layer in decoder._k_layers]
+    assert addresses == [layer.data_ptr() for layer in decoder.k_cache]
+
+    expected = decode(decoder, tokens)
+    written = decoder.k_cache.clone()
+    decoder.allocate_cache(512)
+    torch.compiler.reset()
+    step = torch.compile(decoder.step, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        actual = [step(tokens[i : i + 1], torch.tensor([i])) for i in range(5)]
+    torch.testing.assert_close(torch.cat(actual), expected)
+    torch.testing.assert_close(decoder.k_cache, written)

@@ -1,0 +1,279 @@
+"""The strong kernel-per-operator baseline that the megakernel is measured against.
+
+Batch 1, static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses and one
+CUDA graph replays; and the bandwidth of a device copy, the yardstick of bytes per token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tri_mpk.reference import (
+    check_supported,
+    decode_layer,
+    layer_weights,
+    linear_of,
+    model_shape,
+    reference_logits,
+    rms_norm,
+    rotary_tables,
+)
+
+__all__ = [
+    "ATTENTIONS",
+    "StaticCacheDecoder",
+    "bucket",
+    "copy_bandwidth_gbps",
+    "measure_baseline",
+    "reference_logits",
+]
+
+ATTENTIONS = ("sdpa", "split")
+SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
+
+
+class StaticCacheDecoder:
+    """Decodes one token at a time with the weights of a Hugging Face causal LM, where they lie.
+
+    With `pack`, q, k, v and gate, up become one tensor each, and the model's own parameters become
+    views of it: no weight exists twice, and the model stays usable.
+    k_cache, v_cache: [L, 1, num_kv_heads, max_seq_len, head_dim], the dtype of the model.
+    """
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        max_seq_len: int,
+        pack: bool = True,
+        attention: str = "sdpa",
+    ) -> None:
+        check_supported(hf_model, max_seq_len)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention!r} is not known; choose one of {ATTENTIONS}")
+        self.hf_model = hf_model
+        self.attention = attention
+        self.shape = model_shape(hf_model)
+        self.embedding = hf_model.model.embed_tokens.weight.detach()
+        self.norm = hf_model.model.norm.weight.detach()
+        self.lm_head = linear_of(hf_model.lm_head)
+        self.layers = [layer_weights(layer, pack) for layer in hf_model.model.layers]
+        self.allocate_cache(max_seq_len)
+
+    def allocate_cache(self, max_seq_len: int) -> None:
+        """A cache of zeros, and rotary tables [max_seq_len, head_dim] of the model's own module."""
+        check_supported(self.hf_model, max_seq_len)
+        device = self.embedding.device
+        size = (len(self.layers), 1, self.shape.num_kv_heads, max_seq_len, self.shape.head_dim)
+        self.k_cache = torch.zeros(size, dtype=self.embedding.dtype, device=device)
+        self.v_cache = torch.zeros_like(self.k_cache)
+        self._k_layers, self._v_layers = _unaliased(self.k_cache), _unaliased(self.v_cache)
+        self.positions = torch.arange(max_seq_len, device=device)
+        self.cos, self.sin = rotary_tables(self.hf_model, self.positions, self.embedding.dtype)
+
+    def _logits(self, token: Tensor, position: Tensor) -> Tensor:
+        attention = attention_sdpa if self.attention == "sdpa" else attention_split
+        mask = self.positions <= position
+
+        def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._k_layers[idx].index_copy_(2, position, k)
+            self._v_layers[idx].index_copy_(2, position, v)
+            return attention(q, self._k_layers[idx], self._v_layers[idx], mask)
+
+        x = F.embedding(token, self.embedding)
+        cos, sin = self.cos[position], self.sin[position]
+        for idx, layer in enumerate(self.layers):
+            x = decode_layer(x, idx, layer, self.shape, cos, sin, attend)
+        return F.linear(rms_norm(x, self.norm, self.shape.eps), *self.lm_head)
+
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
+        """token [1] int64 at position [1] int64 -> logits [1, vocab] fp32; stores its k and v."""
+        return self._logits(token, position).float()
+
+    def next_token(self, token: Tensor, position: Tensor) -> Tensor:
+        """The greedy next token, [1] int64."""
+        return self._logits(token, position).argmax(-1)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [1, H, 1, dh], k and v [1, KV, S, dh], mask [S] bool -> [1, H, 1, dh]."""
+    return F.scaled_dot_product_attention(q, k, v, mask[None, None, None], enable_gqa=True)
+
+
+def attention_split(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with the KV length cut into parts, so that few KV heads still fill a GPU."""
+    _, heads, _, dh = q.shape
+    _, kv_heads, seq_len, _ = k.shape
+    parts = seq_len // SPLIT_TOKENS if seq_len % SPLIT_TOKENS == 0 else 1
+    group = heads // kv_heads
+    q = q.view(kv_heads, 1, group, dh).expand(kv_heads, parts, group, dh)
+    k, v = k.view(kv_heads, parts, -1, dh), v.view(kv_heads, parts, -1, dh)
+
+    scores = (q @ k.transpose(2, 3)).float() * dh**-0.5  # [KV, parts, group, S / parts]
+    scores = scores.masked_fill(~mask.view(1, parts, 1, -1), float("-inf"))
+    scores = scores - scores.amax((1, 3), keepdim=True)
+    probs = scores.exp()
+    probs = probs / probs.sum((1, 3), keepdim=True)
+    out = (probs.to(v.dtype) @ v).float().sum(1)  # [KV, group, dh]
+    return out.to(v.dtype).view(1, heads, 1, dh)
+
+
+def _unaliased(cache: Tensor) -> list[Tensor]:
+    """The layers of a cache, each a storage of its own over the same memory.
+
+    torch.compile makes writes functional. Into views of one tensor it then copies the whole cache,
+    once per layer and again at the end; tensors that look independent are updated in place.
+    """
+    return [torch.from_dlpack(layer) for layer in cache]
+
+
+def measure_baseline(
+    hf_model: PreTrainedModel,
+    contexts: Sequence[int],
+    max_seq_len: int | None = None,
+    mode: str = "compile",
+    autotune: bool = False,
+    attentions: Sequence[str] = ATTENTIONS,
+    pack: bool = True,
+    samples: int = 50,
+    replays: int = 10,
+) -> list[dict[str, Any]]:
+    """Milliseconds per decoded token at each context, the fastest of several baselines.
+
+    A context of n decodes the token at position n - 1: it attends to n entries, itself included, of
+    a cache filled with random normal values. A masked static cache costs its whole length at every
+    context, so each context gets a cache of the next power of two (at most `max_seq_len`) and a
+    graph of its own: the strongest form of this baseline. `mode` "compile" runs torch.compile,
+    "eager" the plain operators, both inside one CUDA graph that feeds each token to the next step.
+    Every attention of `attentions` is tried, with `autotune` also inductor's max-autotune (takes
+    minutes). The row of the fastest is returned; its `tried` has the medians in ms of all. Weights
+    larger than the L2 cache need no flush between replays. On a CPU the calls themselves are timed.
+    """
+    if mode not in ("compile", "eager"):
+        raise ValueError(f"mode={mode!r} is not known; choose 'compile' or 'eager'")
+    decoder = StaticCacheDecoder(hf_model, max_seq_len=1, pack=pack)
+    inductor_modes: tuple[str | None, ...] = (None,)
+    if mode == "compile":
+        inductor_modes = ("default", "max-autotune-no-cudagraphs") if autotune else ("default",)
+    rows = []
+    for context in contexts:
+        cache_len = bucket(context, max_seq_len)
+        decoder.allocate_cache(cache_len)
+        decoder.k_cache.normal_()
+        decoder.v_cache.normal_()
+        tried = []
+        for inductor_mode, attention in itertools.product(inductor_modes, attentions):
+            decoder.attention = attention
+            times_ms, compile_s = _time_decoder(decoder, context, inductor_mode, samples, replays)
+            p20, p50, p80 = (statistics.quantiles(times_ms, n=10)[i] for i in (1, 4, 7))
+            tried.append(
+                {
+                    "context": context,
+                    "cache_len": cache_len,
+                    "mode": mode,
+                    "inductor_mode": inductor_mode,
+                    "attention": attention,
+                    "ms_p20": p20,
+                    "ms_p50": p50,
+                    "ms_p80": p80,
+                    "compile_s": compile_s,
+                }
+            )
+        best = min(tried, key=lambda row: row["ms_p50"])
+        medians = {f"{r['inductor_mode'] or mode}/{r['attention']}": r["ms_p50"] for r in tried}
+        rows.append({**best, "tried": medians})
+    return rows
+
+
+def bucket(context: int, max_seq_len: int | None = None) -> int:
+    """The cache length for a context: the next power of two, at most `max_seq_len`. 512 -> 512."""
+    if context < 1 or (max_seq_len is not None and context > max_seq_len):
+        raise ValueError(f"context={context} is not in 1 .. max_seq_len={max_seq_len}")
+    power = 1 << (context - 1).bit_length()
+    return power if max_seq_len is None else min(power, max_seq_len)
+
+
+def copy_bandwidth_gbps(
+    device: torch.device | str, buffer_bytes: int = 4 << 30, repeats: int = 9
+) -> float:
+    """Device-to-device copy bandwidth in GB/s: bytes read plus bytes written, median."""
+    source = torch.ones(buffer_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times_ms = _sample_ms(lambda: target.copy_(source), source.device, repeats, replays=1)
+    return 2 * buffer_bytes / statistics.median(times_ms) / 1e6
+
+
+@torch.no_grad()
+def _time_decoder(
+    decoder: StaticCacheDecoder,
+    context: int,
+    inductor_mode: str | None,
+    samples: int,
+    replays: int,
+) -> tuple[list[float], float]:
+    """Samples in ms per token, and the seconds that compiling took."""
+    device = decoder.embedding.device
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    position = torch.full_like(token, context - 1)
+    next_token: Callable[[Tensor, Tensor], Tensor] = decoder.next_token
+    start = time.perf_counter()
+    if inductor_mode is not None:
+        torch.compiler.reset()  # each bucket is compiled for its own static shapes
+        next_token = torch.compile(
+            decoder.next_token, mode=inductor_mode, fullgraph=True, dynamic=False
+        )
+        next_token(token, position)
+    compile_s = time.perf_counter() - start
+
+    def decode() -> None:
+        token.copy_(next_token(token, position))
+
+    run = _capture(decode) if device.type == "cuda" else decode
+    return _sample_ms(run, device, samples, replays), compile_s
+
+
+def _capture(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` as a CUDA graph, warmed up on a side stream as capture demands."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _sample_ms(
+    call: Callable[[], object], device: torch.device, samples: int, replays: int
+) -> list[float]:
+    """`samples` times in ms per call, each the mean of `replays` calls in a row."""
+    for _ in range(replays):
+        call()
+    if device.type != "cuda":
+        times_ms = []
+        for _ in range(samples):
+            start = time.perf_counter()
+            for _ in range(replays):
+                call()
+            times_ms.append((time.perf_counter() - start) * 1e3 / replays)
+        return times_ms
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(replays):
+                call()
+            event.record()
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) / replays for a, b in itertools.pairwise(events)]
