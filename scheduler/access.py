@@ -111,7 +111,7 @@ class AccessHistory:
             return
         if self._read_entry.get(box) == entry:
             del self._read_entry[box]
-        rest = subtract(box, written)
+        rest = [] if box == written else subtract(box, written)
         if not rest:
             self._kind[entry] = DEAD
             self._num_dead += 1

@@ -96,27 +96,36 @@ def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskG
 
 
 @st.composite
-def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2) -> TaskGraph:
-    """Random tasks on random boxes of a few small tensors, reused in place, several readers and writers each."""
+def graphs(
+    draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True
+) -> TaskGraph:
+    """Random tasks on random boxes of few small tensors, reused in place, with many readers and writers.
+
+    With `reads_are_written` a first task writes the tensors that have no initial data.
+    """
     shapes = draw(st.lists(st.sampled_from([(4,), (3,), (2, 3)]), min_size=1, max_size=3))
-    graph = TaskGraph(tensors={f"x{i}": TensorInfo(dims, True) for i, dims in enumerate(shapes)})
-
-    def interval(size: int) -> st.SearchStrategy[tuple[int, int]]:
-        bounds = st.tuples(st.integers(0, size - 1), st.integers(1, size))
-        return bounds.map(lambda b: (min(b), max(b)) if b[0] != b[1] else (b[0] - 1, b[1]))
-
-    def regions(least: int) -> tuple[Region, ...]:
-        names = draw(
-            st.lists(st.sampled_from(sorted(graph.tensors)), min_size=least, max_size=max_regions)
-        )
-        return tuple(
-            Region(name, tuple(draw(interval(size)) for size in graph.tensors[name].dims))
-            for name in names
-        )
-
-    for index in range(draw(st.integers(1, max_tasks))):
-        if not graph.ops or draw(st.booleans()):
+    tensors = {f"x{i}": TensorInfo(dims, draw(st.booleans())) for i, dims in enumerate(shapes)}
+    graph = TaskGraph(["op0"], [], tensors)
+    empty = [name for name, info in tensors.items() if not info.initialised]
+    if empty and reads_are_written:
+        whole = {name: tuple((0, size) for size in tensors[name].dims) for name in empty}
+        graph.tasks.append(Task(0, (0,), (), tuple(Region(n, b) for n, b in whole.items()), 1))
+    while len(graph.tasks) < max_tasks and (draw(st.integers(0, 9)) or not graph.tasks):
+        if draw(st.booleans()):
             graph.ops.append(f"op{len(graph.ops)}")
-        cost = draw(st.integers(0, 3))
-        graph.tasks.append(Task(len(graph.ops) - 1, (index,), regions(0), regions(0), cost))
+        reads, writes = draw(regions(tensors, max_regions)), draw(regions(tensors, max_regions))
+        tile = (len(graph.tasks),)
+        graph.tasks.append(Task(len(graph.ops) - 1, tile, reads, writes, draw(st.integers(0, 3))))
     return graph
+
+
+@st.composite
+def regions(
+    draw: st.DrawFn, tensors: dict[str, TensorInfo], max_regions: int
+) -> tuple[Region, ...]:
+    def interval(size: int) -> tuple[int, int]:
+        lo = draw(st.integers(0, size - 1))
+        return lo, draw(st.integers(lo + 1, size))
+
+    names = draw(st.lists(st.sampled_from(sorted(tensors)), max_size=max_regions))
+    return tuple(Region(name, tuple(map(interval, tensors[name].dims))) for name in names)
