@@ -1,4 +1,4 @@
-"""What has happened to one tensor so far: the accesses that a next one can conflict with, and no others."""
+"""What has happened to one tensor so far: the accesses that the next one can conflict with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ DEAD, READ, WRITE = 0, 1, 2
 class AccessHistory:
     """The open accesses of one tensor, in program order.
 
-    An access is forgotten where a later write covers it: whoever conflicts with it there conflicts with that write too,
-    and the write already waits for it. So the history stays as short as the tensor has tiles, however many layers
-    reuse the tensor. Reads of equal boxes share an entry, and equal reads between two writes share one answer.
+    An access is forgotten where a later write covers it: whoever conflicts with it there conflicts
+    with that write too, and the write already waits for it. So the history stays as short as the
+    tensor has tiles, however many layers reuse the tensor. Reads of equal boxes share an entry, and
+    equal reads between two writes share one answer.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class AccessHistory:
         return self._read_answer[box]
 
     def before_write(self, box: Box) -> tuple[list[int], int, int]:
-        """(entries that a write of `box` overwrites, tasks it must wait for, all tasks that those wait for)."""
+        """(entries that a write of `box` overwrites), then as `before_read`."""
         entries = self._entries(box, READ)
         return entries, *self._union(entries)
 
@@ -59,7 +60,8 @@ class AccessHistory:
             return []
         if len(box) != len(self._lo):
             raise ValueError(
-                f"one tensor is addressed with {len(self._lo)} and with {len(box)} coordinates: {box}"
+                f"one tensor is addressed with {len(self._lo)} and with {len(box)} coordinates: "
+                f"{box}"
             )
         # Never between the questions and the records of one task: nothing dies in between.
         if self._num_dead > 64 + len(self._boxes) // 2:

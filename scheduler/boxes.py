@@ -12,7 +12,7 @@ def is_empty(box: Box) -> bool:
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """The common part, or None. `((0, 4),)` and `((2, 8),)` share `((2, 4),)`; a scalar's `()` meets itself."""
+    """The common part, or None: `((0, 4),)` and `((2, 8),)` share `((2, 4),)`, `()` meets `()`."""
     common = tuple(
         (max(a_lo, b_lo), min(a_hi, b_hi)) for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b, strict=True)
     )
@@ -35,7 +35,7 @@ def subtract(a: Box, b: Box) -> list[Box]:
 
 
 def first_uncovered(box: Box, covers: Iterable[Box]) -> Box | None:
-    """A part of `box` that no box of `covers` holds, or None when their union holds all of it (exact)."""
+    """A part of `box` that no box of `covers` holds, or None when their union holds all of it."""
     rest = [box]
     for cover in sorted(covers):  # in order, so that few parts are open at any time
         rest = [part for old in rest for part in subtract(old, cover)]

@@ -1,4 +1,4 @@
-"""What `verify` can find wrong. Every message names the tasks, where they run, and what to change."""
+"""What `verify` can find wrong. Every message names the tasks, the region, and what to change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepOverlapError(ScheduleError):
 
 
 class RaceError(ScheduleError):
-    """Two tasks touch the same region, at least one writes, and they are not ordered as in the program."""
+    """Two tasks touch one region, at least one writes, and the program's order is not kept."""
 
 
 class UnwrittenReadError(ScheduleError):
@@ -59,10 +59,11 @@ def shared_text(graph: TaskGraph, a: int, b: int) -> str:
 
 
 def missing_signal_text(graph: TaskGraph, events: Events, event: int, consumer: int) -> str:
-    """The likely cause of a wrong count: a task that the consumer depends on and that does not signal the event."""
+    """The likely cause of a wrong count: a task that `consumer` needs does not signal `event`."""
     for task in range(consumer - 1, -1, -1):
         if event not in events.signals[task] and shared_region(graph, task, consumer) is not None:
-            return f"; {shared_text(graph, task, consumer)}, but {graph.task_name(task)} does not signal it"
+            shared, name = shared_text(graph, task, consumer), graph.task_name(task)
+            return f"; {shared}, but {name} does not signal it"
     return ""
 
 

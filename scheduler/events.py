@@ -1,7 +1,8 @@
 """From reads and writes to events: who must wait for whom, fused into as few counters as possible.
 
-1. A task depends on every earlier task whose regions conflict with its own (read after write, write after read, write
-   after write). Sets of tasks are Python integers, one bit per task, so that union and difference cost microseconds.
+1. A task depends on every earlier task whose regions conflict with its own (read after write, write
+   after read, write after write). Sets of tasks are Python integers, one bit per task, so that
+   union and difference cost microseconds.
 2. A dependency that another one implies is dropped (exact transitive reduction).
 3. Each distinct remaining set is one event. So every task waits for at most one event.
 4. Where a task would signal more events than its descriptor has slots, events are merged.
@@ -16,7 +17,7 @@ import numpy as np
 
 from .access import AccessHistory
 from .boxes import is_empty
-from .graph import MAX_SIGNALS, Event, Events, TaskGraph
+from .graph import MAX_SIGNALS, STEP_EVENT, Event, Events, TaskGraph
 
 
 class TooManySignals(ValueError):
@@ -38,7 +39,7 @@ def derive_events(graph: TaskGraph) -> Events:
 
 
 def _reduced_dependencies(graph: TaskGraph) -> list[int]:
-    """Per task the set of tasks it must wait for, without those that another member waits for already."""
+    """Per task the tasks it must wait for, without those that one of them waits for itself."""
     written = {region.tensor for task in graph.tasks for region in task.writes}
     histories: dict[str, AccessHistory] = defaultdict(AccessHistory)
     ancestors_of: dict[int, int] = {}  # equal sets share one object
@@ -86,14 +87,14 @@ def _number(num_tasks: int, edges: dict[int, Event]) -> Events:
     ordered = sorted(edges.values(), key=lambda event: event.consumers[0])
     wait = [-1] * num_tasks
     signals: list[list[int]] = [[] for _ in range(num_tasks)]
-    for number, event in enumerate(ordered, start=1):
+    for number, event in enumerate(ordered, start=STEP_EVENT + 1):
         for task in event.consumers:
             wait[task] = number
         for task in event.producers:
             signals[task].append(number)
     sinks = [task for task in range(num_tasks) if not signals[task]]
     for task in sinks:
-        signals[task].append(0)
+        signals[task].append(STEP_EVENT)
     return Events([Event(sinks, [], len(sinks)), *ordered], wait, signals)
 
 
@@ -106,8 +107,9 @@ def _fit_signal_slots(graph: TaskGraph, edges: dict[int, Event]) -> None:
         for task in event.producers:
             signals[task].add(edge)
     crowded = sorted(task for task, signalled in signals.items() if len(signalled) > MAX_SIGNALS)
-    if crowded:
-        edges_between = _edges_by_ops(graph, edges)
+    if not crowded:
+        return
+    edges_between = _edges_by_ops(graph, edges)
     for task in crowded:
         if len(signals[task]) > MAX_SIGNALS:  # an earlier merge may have been enough
             for same_ops in edges_between.values():
@@ -132,8 +134,9 @@ def _edges_by_ops(graph: TaskGraph, edges: dict[int, Event]) -> dict[tuple, list
 def _may_merge(a: Event, b: Event) -> bool:
     """Whether all producers of the union come before all its consumers in program order.
 
-    Then every wait of the merged graph still points backwards in program order, so program order stays one way to run
-    it: merging can never close a cycle. Without this rule, merging a -> b with b -> c would make b wait for itself.
+    Then every wait of the merged graph still points backwards in program order, so program order
+    stays one way to run it: merging can never close a cycle. Without this rule, merging a -> b with
+    b -> c would make b wait for itself.
     """
     last_producer = max(a.producers[-1], b.producers[-1])
     return last_producer < min(a.consumers[0], b.consumers[0])
@@ -161,8 +164,9 @@ def _cheapest_pair(
     allowed = [pair for pair in pairs if _may_merge(edges[pair[0]], edges[pair[1]])]
     if not allowed:
         raise TooManySignals(
-            f"{graph.task_name(task)} would signal {len(signals[task])} events and no two of them can be merged; "
-            f"a task descriptor holds {MAX_SIGNALS}. Cut the task into smaller writes, or its consumers into fewer ops."
+            f"{graph.task_name(task)} would signal {len(signals[task])} events and no two of them "
+            f"can be merged; a task descriptor holds {MAX_SIGNALS}. Cut the task into smaller "
+            "writes, or its consumers into fewer ops."
         )
     return min(allowed, key=added_waits)
 

@@ -15,7 +15,8 @@ from .graph import STEP_EVENT, Events, Schedule, TaskGraph
 class Order:
     """The order that queues and events guarantee, as vector clocks.
 
-    `done_before[t, w]`: how many tasks of worker w's queue are done before task t starts, whatever the interleaving.
+    `done_before[t, w]`: how many tasks of worker w's queue are done before task t starts, whatever
+    the interleaving.
     `done_in_step[w]`: how many of them are done when the step event is complete.
     """
 
@@ -31,8 +32,9 @@ class Order:
 def derive_order(graph: TaskGraph, events: Events, schedule: Schedule) -> Order:
     """Vector clocks of one step; raises DeadlockError when the step cannot end.
 
-    Signals only add, so a task that can run stays able to run: one greedy run finds every task that any run can reach.
-    Needs counts that equal the number of signals; a passed wait then means that all producers are done.
+    Signals only add, so a task that can run stays able to run: one greedy run finds every task that
+    any run can reach. Needs counts that equal the number of signals; a passed wait then means that
+    all producers are done.
     """
     run = _Run(graph, events, schedule)
     run.to_the_end()
@@ -99,8 +101,8 @@ class _Run:
             worker = worker_of[missing[0]]
         cycle = list(visited.values())[list(visited).index(worker) :]
         return DeadlockError(
-            f"deadlock: {'; '.join(cycle)}. "
-            "Put each queue in program order, or remove the wait that points forwards in program order."
+            f"deadlock: {'; '.join(cycle)}. Put each queue in program order, or remove the wait "
+            "that points forwards in program order."
         )
 
     def _blocked_text(
@@ -110,8 +112,9 @@ class _Run:
         producer = missing[0]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return (
-            f"{name(blocked)} (worker {worker}, slot {self.next_slot[worker]}) waits for event {event}: seen "
-            f"{self.seen[event]}, wanted {self.events.events[event].count}, missing {name(producer)} "
-            f"(worker {worker_of[producer]}, slot {self.queues[worker_of[producer]].index(producer)}){more}; "
+            f"{name(blocked)} (worker {worker}, slot {self.next_slot[worker]}) waits for event "
+            f"{event}: seen {self.seen[event]}, wanted {self.events.events[event].count}, missing "
+            f"{name(producer)} (worker {worker_of[producer]}, slot "
+            f"{self.queues[worker_of[producer]].index(producer)}){more}; "
             f"{shared_text(self.graph, producer, blocked)}"
         )

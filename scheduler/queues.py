@@ -1,7 +1,7 @@
 """Static queues: which worker runs which task, decided on the host.
 
-Queues are in program order, and events only ever point backwards in program order, so the first unfinished task of
-the whole graph can always run: these queues never deadlock.
+Queues are in program order, and events only ever point backwards in program order, so the first
+unfinished task of the whole graph can always run: these queues never deadlock.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .graph import Events, Schedule, TaskGraph
 def schedule(graph: TaskGraph, events: Events, num_workers: int) -> Schedule:
     """Spread the tasks of each op evenly over the workers by cost.
 
-    A task goes to the worker with the least cost within its op, then with the least cost so far (so that an op's
-    remainder lands on workers that had none before), then by rotation. `events` is not needed for that: any program
-    order works with any derived events.
+    A task goes to the worker with the least cost within its op, then with the least cost so far (so
+    that an op's remainder lands on workers that had none before), then by rotation. `events` is not
+    needed for that: any program order works with any derived events.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not supported; choose at least 1")
@@ -41,8 +41,9 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int) -> Schedule:
 def _spread(costs: dict[int, int], total: list[int], rotation: int) -> list[tuple[int, int]]:
     """(task, worker) pairs of one op, the costliest tasks first.
 
-    Tasks of equal cost go to neighbouring workers in their order: 4 equal tasks on 4 workers always become
-    0 1 2 3, and the remainder of 6 tasks goes to two other workers than that of the op before.
+    Tasks of equal cost go to neighbouring workers in their order: 4 equal tasks on 4 workers always
+    become 0 1 2 3, and the remainder of 6 tasks goes to two other workers than that of the op
+    before.
     """
     num_workers = len(total)
     # (cost within the op, tasks within the op, cost before the op, place in the rotation, worker)
@@ -62,7 +63,7 @@ def _spread(costs: dict[int, int], total: list[int], rotation: int) -> list[tupl
 
 @dataclass(frozen=True, slots=True)
 class OpBalance:
-    """How evenly one op's bytes lie on the workers. `ratio` is 1.0 when every worker carries the same."""
+    """How evenly one op's bytes lie on the workers; `ratio` is 1.0 when all carry the same."""
 
     op: str
     num_tasks: int
@@ -75,7 +76,7 @@ class OpBalance:
 
 
 def imbalance(graph: TaskGraph, schedule: Schedule) -> list[OpBalance]:
-    """Per op the busiest worker against the mean over all workers, idle ones included; in program order."""
+    """Per op, in program order: the busiest worker against the mean over all, idle ones too."""
     num_workers = len(schedule.queues)
     num_tasks = [0] * len(graph.ops)
     op_bytes = [[0] * num_workers for _ in graph.ops]

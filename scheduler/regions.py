@@ -1,4 +1,4 @@
-"""Races and reads of nothing: every pair of conflicting accesses of every tensor, against the derived order."""
+"""Races and unwritten reads: all conflicting accesses of all tensors, against the derived order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .order import Order
 
 
 class TensorAccesses:
-    """All accesses of one tensor in program order, on numbered boxes: equal boxes have one number."""
+    """All accesses of one tensor in program order, on numbered boxes: equal boxes have one
+    number."""
 
     def __init__(self, tensor: str) -> None:
         self.tensor = tensor
@@ -31,13 +32,14 @@ class TensorAccesses:
 
     def overlaps(self) -> list[np.ndarray]:
         """Per box the numbers of all boxes that it intersects, itself included."""
-        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), -1, 2)
+        num_dims = len(self.boxes[0])
+        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), num_dims, 2)
         lo, hi = bounds[..., 0].T.copy(), bounds[..., 1].T.copy()
         found = []
         for start in range(0, len(self.boxes), 256):  # in chunks: memory stays linear
             rows = slice(start, start + 256)
             hit = np.ones((len(self.boxes[rows]), len(self.boxes)), dtype=bool)
-            for dim in range(len(lo)):
+            for dim in range(num_dims):
                 hit &= lo[dim, rows, None] < hi[dim]
                 hit &= hi[dim, rows, None] > lo[dim]
             found += [np.flatnonzero(row) for row in hit]
@@ -48,32 +50,33 @@ def collect_accesses(graph: TaskGraph) -> list[TensorAccesses]:
     """One entry per tensor that can be used wrongly: weights, which nobody writes, cannot."""
     written = {region.tensor for task in graph.tasks for region in task.writes}
     accesses: dict[str, TensorAccesses] = {}
-    num_dims: dict[str, tuple[int, int]] = {}  # of the first access, and the task that did it
     for index, task in enumerate(graph.tasks):
         for regions, is_write in ((task.reads, False), (task.writes, True)):
-            for region in regions:
-                dims, first = num_dims.setdefault(region.tensor, (len(region.box), index))
-                if region.tensor not in graph.tensors or dims != len(region.box):
-                    raise MalformedScheduleError(
-                        f"{graph.task_name(index)} uses {region_text(region.tensor, region.box)}, but "
-                        + (
-                            f"{graph.task_name(first)} gives {region.tensor} {dims} coordinates; all ops must agree"
-                            if region.tensor in graph.tensors
-                            else "the graph has no such tensor; declare it in TaskGraph.tensors"
-                        )
-                    )
-                usable = region.tensor in written or not graph.tensors[region.tensor].initialised
-                if usable and not is_empty(region.box):
-                    entry = accesses.setdefault(region.tensor, TensorAccesses(region.tensor))
-                    entry.add(index, region.box, is_write)
+            for tensor, box in ((region.tensor, region.box) for region in regions):
+                info = graph.tensors.get(tensor)
+                if info is None or len(info.dims) != len(box):
+                    raise MalformedScheduleError(_coordinates_text(graph, index, tensor, box))
+                if (tensor in written or not info.initialised) and not is_empty(box):
+                    if tensor not in accesses:
+                        accesses[tensor] = TensorAccesses(tensor)
+                    accesses[tensor].add(index, box, is_write)
     return list(accesses.values())
 
 
-class RegionCheck:
-    """Proves that all conflicting accesses are ordered as in the program, without visiting every pair.
+def _coordinates_text(graph: TaskGraph, task: int, tensor: str, box: Box) -> str:
+    uses = f"{graph.task_name(task)} uses {region_text(tensor, box)}"
+    if tensor not in graph.tensors:
+        return f"{uses}, but the graph has no such tensor; declare it in TaskGraph.tensors"
+    dims = len(graph.tensors[tensor].dims)
+    return f"{uses}, but {tensor} is declared with {dims} coordinates; all ops must agree on them"
 
-    Per box and worker it keeps the last queue position that read or wrote the box so far. A queue runs in order, so
-    whoever comes after that position comes after all earlier ones too: one comparison per worker settles all pairs.
+
+class RegionCheck:
+    """Proves that all conflicting accesses are ordered as in the program.
+
+    Per box and worker it keeps the last queue position that read or wrote the box so far. A queue
+    runs in order, so whoever comes after that position comes after all earlier ones too: one
+    comparison per worker settles all pairs.
     """
 
     def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule, order: Order) -> None:
@@ -88,41 +91,30 @@ class RegionCheck:
             self._check_written(accesses, overlaps)
 
     def _check_order(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
-        shape = (len(accesses.boxes), len(self.queues))
-        last_read, last_write = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-        num_reads, num_writes = (
-            np.zeros(shape[0], dtype=np.int64),
-            np.zeros(shape[0], dtype=np.int64),
-        )
-        before_read: dict[
-            int, tuple[np.ndarray, int]
-        ] = {}  # answers that hold until the next write
+        num_boxes = len(accesses.boxes)
+        last = np.zeros((2, num_boxes, len(self.queues)), dtype=np.int32)  # [0] reads, [1] writes
+        seen = np.zeros((2, num_boxes), dtype=np.int64)
+        before_read: dict[int, tuple[np.ndarray, int]] = {}  # holds until the next write
         for task, (reads, writes) in accesses.by_task.items():
-            worker, reached = self.order.worker[task], self.order.position[task] + 1
-            done = self.order.done_before[task]
             for box in reads:
                 if box not in before_read:
                     near = overlaps[box]
-                    before_read[box] = last_write[near].max(axis=0), int(num_writes[near].sum())
-                self._require(task, done, *before_read[box])
+                    before_read[box] = last[1, near].max(axis=0), int(seen[1, near].sum())
+                self._require(task, *before_read[box])
             for box in writes:
                 near = overlaps[box]
-                needed = np.maximum(last_read[near].max(axis=0), last_write[near].max(axis=0))
-                self._require(
-                    task, done, needed, int(num_reads[near].sum() + num_writes[near].sum())
-                )
-            for boxes, last, count in (
-                (reads, last_read, num_reads),
-                (writes, last_write, num_writes),
-            ):
+                self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
+            worker, reached = self.order.worker[task], self.order.position[task] + 1
+            for kind, boxes in enumerate((reads, writes)):
                 for box in boxes:
-                    last[box, worker] = max(last[box, worker], reached)
-                    count[box] += 1
+                    last[kind, box, worker] = max(last[kind, box, worker], reached)
+                    seen[kind, box] += 1
             if writes:
                 before_read.clear()
 
-    def _require(self, task: int, done: np.ndarray, needed: np.ndarray, num_pairs: int) -> None:
-        late = done < needed
+    def _require(self, task: int, needed: np.ndarray, num_pairs: int) -> None:
+        """`task` may run only when every worker has done the first `needed` tasks of its queue."""
+        late = self.order.done_before[task] < needed
         if late.any():
             worker = int(late.argmax())
             raise self._race(self.queues[worker][needed[worker] - 1], task)
@@ -135,20 +127,20 @@ class RegionCheck:
         shared = shared_text(self.graph, first, second)
         if order.happens_before(second, first):
             return RaceError(
-                f"race: {shared} ({where}), ordered backwards: {name(first)} comes first in the program, but "
-                f"{name(second)} always runs first. Put {name(first)} before {name(second)} in the queues, "
-                "or change their order in the graph."
+                f"race: {shared} ({where}), ordered backwards: {name(first)} comes first in the "
+                f"program, but {name(second)} always runs first. Put {name(first)} before "
+                f"{name(second)} in the queues, or change their order in the graph."
             )
         event = self.events.wait[second]
-        waits = f"waits for event {event}, which" if event >= 0 else "waits for no event;"
+        waits = "no event" if event < 0 else f"event {event}, which {name(first)} does not reach"
         return RaceError(
-            f"race: {shared} ({where}), but nothing makes {name(second)} run after {name(first)}: it {waits} "
-            f"{name(first)} does not reach. Let {name(first)} signal an event that {name(second)} waits for, "
-            "or queue both on one worker."
+            f"race: {shared} ({where}), but nothing makes {name(second)} run after {name(first)}: "
+            f"it waits for {waits}. Let {name(first)} signal an event that {name(second)} waits "
+            "for, or queue both on one worker."
         )
 
     def _check_written(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
-        """Call after `_check_order`: the writes before a read are then those earlier in the program."""
+        """Call after `_check_order`: what comes earlier in the program is then done before."""
         written = np.zeros(len(accesses.boxes), dtype=bool)
         covered: set[int] = set()  # stays so: nothing unwrites
         for task, (reads, writes) in accesses.by_task.items():

@@ -1,24 +1,29 @@
 """Proof that a schedule is free of deadlock and races, before any launch.
 
-What the kernel does, and all that is trusted here: worker w runs `queues[w]` in order, once per step. Task t waits
-until counter[wait[t]] >= epoch * count, runs, then increments the counter of every event in signals[t]. After its queue
-a worker waits until counter[0] >= epoch * events[0].count, then begins the next step. No counter is ever reset.
-`Event.producers` and `Event.consumers` are not looked at.
+What the kernel does, and all that is trusted here: worker w runs `queues[w]` in order, once per
+step. Task t waits until counter[wait[t]] >= epoch * count, runs, then increments the counter of
+every event in signals[t]. After its queue a worker waits until counter[0] >= epoch *
+events[0].count, then begins the next step. No counter is ever reset. `Event.producers` and
+`Event.consumers` are not looked at.
 
 What follows from that, in the order in which it is checked:
 
-a. counts: with n signals per step, count > n never comes true. With count < n the surplus adds up over the epochs,
-   until the wait orders nothing. So count must be n, and the wait then comes after all n signals.
+a. counts: with n signals per step, count > n never comes true. With count < n the surplus adds up
+   over the epochs, until the wait orders nothing. So count must be n, and the wait then comes after
+   all n signals.
 b. deadlock: signals only add, so one greedy run finds every task that can ever run.
-c. steps: the epochs are separate if every task comes before the step event, so that must hold. Each step is then like
-   the first one, and a proof for one step is a proof for all.
+c. steps: the epochs are separate if every task comes before the step event, so that must hold. Each
+   step is then like the first one, and a proof for one step is a proof for all.
 d. order: vector clocks tell exactly which tasks are done before a task starts.
-e. races: conflicting accesses must be ordered, and as in the program (else a reader sees the wrong version).
-f. unwritten reads: what is read from a tensor that is not initialised must have been written in this step.
+e. races: conflicting accesses must be ordered, and as in the program (else a reader sees the wrong
+   version).
+f. unwritten reads: what is read from a tensor that is not initialised must have been written in
+   this step.
 g. orphans: an event that is signalled must be waited for, and the other way round.
 
-b, d, e and f are exact: they reject a schedule only if some interleaving goes wrong. a, c and g are stricter, on purpose:
-they also reject schedules that happen to be safe, e.g. one worker that never waits for the step event.
+b, d, e and f are exact: they reject a schedule only if some interleaving goes wrong. a, c and g are
+stricter, on purpose: they also reject schedules that happen to be safe, e.g. one worker that never
+waits for the step event.
 """
 
 from __future__ import annotations
@@ -53,8 +58,9 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"verified {self.num_tasks} tasks and {self.num_events} events in {self.seconds:.2f} s: "
-            f"{self.num_pairs} conflicting pairs ordered, {self.num_regions_covered} reads covered"
+            f"verified {self.num_tasks} tasks and {self.num_events} events in {self.seconds:.2f} "
+            f"s: {self.num_pairs} conflicting pairs ordered, {self.num_regions_covered} reads "
+            "covered"
         )
 
 
@@ -85,12 +91,13 @@ def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
         for task in queue:
             if not 0 <= task < len(graph.tasks):
                 raise MalformedScheduleError(
-                    f"worker {worker} runs task {task}, but the graph has {len(graph.tasks)} tasks; "
-                    "schedule this graph again"
+                    f"worker {worker} runs task {task}, but the graph has {len(graph.tasks)} "
+                    "tasks; schedule this graph again"
                 )
             if task in placed:
                 raise MalformedScheduleError(
-                    f"{graph.task_name(task)} is queued twice, on workers {placed[task]} and {worker}; remove one"
+                    f"{graph.task_name(task)} is queued twice, on workers {placed[task]} and "
+                    f"{worker}; remove one"
                 )
             placed[task] = worker
     if len(placed) < len(graph.tasks):
@@ -102,8 +109,8 @@ def _check_event_table(graph: TaskGraph, events: Events) -> None:
     num_tasks, num_events = len(graph.tasks), len(events.events)
     if not len(events.wait) == len(events.signals) == num_tasks:
         raise MalformedScheduleError(
-            f"{len(events.wait)} waits and {len(events.signals)} signal lists for {num_tasks} tasks; derive the events "
-            "of this graph again"
+            f"{len(events.wait)} waits and {len(events.signals)} signal lists for {num_tasks} "
+            "tasks; derive the events of this graph again"
         )
     if num_events == 0:
         raise MalformedScheduleError("there is no step event; event 0 must exist")
@@ -111,13 +118,13 @@ def _check_event_table(graph: TaskGraph, events: Events) -> None:
         wait, signals = events.wait[task], events.signals[task]
         if not -1 <= wait < num_events or not all(0 <= event < num_events for event in signals):
             raise MalformedScheduleError(
-                f"{graph.task_name(task)} waits for event {wait} and signals {signals}, but only events 0 to "
-                f"{num_events - 1} exist; derive the events of this graph again"
+                f"{graph.task_name(task)} waits for event {wait} and signals {signals}, but only "
+                f"events 0 to {num_events - 1} exist; derive the events of this graph again"
             )
         if len(signals) > MAX_SIGNALS:
             raise MalformedScheduleError(
-                f"{graph.task_name(task)} signals {len(signals)} events, but a descriptor holds {MAX_SIGNALS}; "
-                "merge some of them"
+                f"{graph.task_name(task)} signals {len(signals)} events, but a descriptor holds "
+                f"{MAX_SIGNALS}; merge some of them"
             )
 
 
@@ -127,15 +134,16 @@ def _check_counts(graph: TaskGraph, events: Events) -> None:
     for event, task in waiter.items():
         if event not in num_signals:
             raise OrphanSignalError(
-                f"{graph.task_name(task)} waits for event {event}, which no task signals"
-                f"{missing_signal_text(graph, events, event, task)}. Add the signals or remove the wait."
+                f"{graph.task_name(task)} waits for event {event}, which no task "
+                f"signals{missing_signal_text(graph, events, event, task)}. Add the signals or "
+                "remove the wait."
             )
     for event, signalled in sorted(num_signals.items()):
         if event != STEP_EVENT and event not in waiter:
             task = next(t for t, signals in enumerate(events.signals) if event in signals)
             raise OrphanSignalError(
-                f"{graph.task_name(task)} signals event {event}, which no task waits for. "
-                "Remove the signal, or add the wait that was meant."
+                f"{graph.task_name(task)} signals event {event}, which no task waits for. Remove "
+                "the signal, or add the wait that was meant."
             )
         count = events.events[event].count
         if count != signalled:
@@ -158,8 +166,8 @@ def _count_text(
     signallers = ", ".join(producers[:3]) + (", ..." if len(producers) > 3 else "") or "no task"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)
     return (
-        f"{who} waits for {count} signals of event {event} per step, but {signallers} give {signalled}: {outcome}"
-        f"{suspect}. Set the count to {signalled}, or change the signals."
+        f"{who} waits for {count} signals of event {event} per step, but {signallers} give "
+        f"{signalled}: {outcome}{suspect}. Set the count to {signalled}, or change the signals."
     )
 
 
@@ -170,7 +178,8 @@ def _check_steps(graph: TaskGraph, events: Events, schedule: Schedule, order: Or
         worker = int(unfinished[0])
         task = schedule.queues[worker][order.done_in_step[worker]]
         raise StepOverlapError(
-            f"{graph.task_name(task)} (worker {worker}, slot {order.position[task]}) may still run when other workers "
-            f"begin the next step: nothing makes it precede the step event. Let it signal event {STEP_EVENT} "
-            "(and raise that count by 1), or an event that leads there."
+            f"{graph.task_name(task)} (worker {worker}, slot {order.position[task]}) may still run "
+            "when other workers begin the next step: nothing makes it precede the step event. Let "
+            f"it signal event {STEP_EVENT} (and raise that count by 1), or an event that leads "
+            "there."
         )

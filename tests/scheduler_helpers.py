@@ -7,7 +7,8 @@ from tri_mpk.scheduler.graph import Box, Region, Task, TaskGraph, TensorInfo
 
 
 class GraphBuilder:
-    """`b.op("a")`, then `b.task(reads=["x[0:4]"], writes=["y[0:2]"])`: boxes as text, as the errors print them."""
+    """`b.op("a")`, then `b.task(reads=["x[0:4]"], writes=["y[0:2]"])`: boxes as text, as the errors
+    print them."""
 
     def __init__(self, **tensors: tuple[tuple[int, ...], bool]) -> None:
         infos = {
@@ -37,7 +38,8 @@ def region(text: str) -> Region:
 
 
 def chain(num_tiles: int = 1) -> TaskGraph:
-    """a writes x, b reads x and writes y, c reads y: `num_tiles` tasks each, every task reading all tiles."""
+    """a writes x, b reads x and writes y, c reads y: `num_tiles` tasks each, every task reading all
+    tiles."""
     builder = GraphBuilder(
         x=((num_tiles,), False), y=((num_tiles,), False), z=((num_tiles,), False)
     )
@@ -50,9 +52,11 @@ def chain(num_tiles: int = 1) -> TaskGraph:
 
 
 def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskGraph:
-    """The shape of a decoder's step: every op reads all of the op before; attention goes by head and split.
+    """The shape of a decoder's step: every op reads all of the op before; attention goes by head
+    and split.
 
-    With `reuse_buffers` all layers share their activation buffers, which adds every write-after-read there is.
+    With `reuse_buffers` all layers share their activation buffers, which adds every
+    write-after-read there is.
     """
     graph = TaskGraph(ops=[], tensors={"x": TensorInfo((num_workers,), True)})
     heads, splits = 8, max(1, num_workers // 8)
@@ -99,7 +103,8 @@ def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskG
 def graphs(
     draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True
 ) -> TaskGraph:
-    """Random tasks on random boxes of few small tensors, reused in place, with many readers and writers.
+    """Random tasks on random boxes of few small tensors, reused in place, with many readers and
+    writers.
 
     With `reads_are_written` a first task writes the tensors that have no initial data.
     """

@@ -1,7 +1,8 @@
-"""Two judges that share nothing with `verify`: one run at random with memory, and all runs of a tiny schedule.
+"""Two judges that share nothing with `verify`: one run at random with memory, and all runs of a
+tiny schedule.
 
-Both model the kernel step by step: waits compare a growing counter with epoch * count, and a worker passes the step
-event before its next epoch.
+Both model the kernel step by step: waits compare a growing counter with epoch * count, and a worker
+passes the step event before its next epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Instance = tuple[int, int]  # (epoch, task): sorts in program order
 
 
 class Machine:
-    """Where every worker stands. A worker does its tasks, then passes the step event, `num_epochs` times."""
+    """Where every worker stands. A worker does its tasks, then passes the step event, `num_epochs`
+    times."""
 
     def __init__(self, events: Events, schedule: Schedule, num_epochs: int) -> None:
         self.events, self.queues, self.num_epochs = events, schedule.queues, num_epochs
@@ -55,11 +57,16 @@ class Machine:
         return counters
 
 
-def run_at_random(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int, seed: int) -> None:
-    """Run one interleaving on symbolic memory; every read must see the version that program order says."""
+def run_at_random(
+    graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int, seed: int
+) -> None:
+    """Run one interleaving on symbolic memory; every read must see the version that program order
+    says."""
     chooser = random.Random(seed)
     machine = Machine(events, schedule, num_epochs)
-    expected = _versions_read(graph, [(e + 1, t) for e in range(num_epochs) for t in range(len(graph.tasks))])
+    expected = _versions_read(
+        graph, [(e + 1, t) for e in range(num_epochs) for t in range(len(graph.tasks))]
+    )
     progress, counters, order = list(machine.start()), [0] * len(events.events), []
     while True:
         ready = [w for w in range(len(progress)) if machine.can_go(w, tuple(progress), counters)]
@@ -77,7 +84,8 @@ def run_at_random(graph: TaskGraph, events: Events, schedule: Schedule, num_epoc
 
 
 def _versions_read(graph: TaskGraph, order: list[Instance]) -> dict[Instance, list]:
-    """What each task instance reads, cell by cell, as the name of the instance that wrote it; and the final memory."""
+    """What each task instance reads, cell by cell, as the name of the instance that wrote it; and
+    the final memory."""
     memory: dict[tuple, Instance] = {}
     seen = {}
     for instance in order:
@@ -89,7 +97,8 @@ def _versions_read(graph: TaskGraph, order: list[Instance]) -> dict[Instance, li
 
 
 def is_safe(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int = 3) -> bool:
-    """Visit every reachable state: no deadlock, and no task can run before an earlier one that it conflicts with."""
+    """Visit every reachable state: no deadlock, and no task can run before an earlier one that it
+    conflicts with."""
     if _reads_unwritten(graph):
         return False
     machine = Machine(events, schedule, num_epochs)
@@ -105,7 +114,8 @@ def is_safe(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: in
         for worker in ready:
             epoch, task = machine.next_of(worker, progress)
             for earlier in [] if task is None else conflicts[task]:
-                # The latest instance before (epoch, task) in program order; those before it are checked at theirs.
+                # The latest instance before (epoch, task) in program order; those before it are
+                # checked at theirs.
                 last = (epoch, earlier) if earlier < task else (epoch - 1, earlier)
                 if last[0] >= 1 and last not in done:
                     return False
@@ -118,7 +128,10 @@ def is_safe(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: in
 
 def conflict(graph: TaskGraph, a: int, b: int) -> bool:
     touched = [
-        [{cell for region in regions for cell in _cells(region)} for regions in (task.reads, task.writes)]
+        [
+            {cell for region in regions for cell in _cells(region)}
+            for regions in (task.reads, task.writes)
+        ]
         for task in (graph.tasks[a], graph.tasks[b])
     ]
     (reads_a, writes_a), (reads_b, writes_b) = touched
@@ -137,4 +150,7 @@ def _reads_unwritten(graph: TaskGraph) -> bool:
 
 
 def _cells(region: Region) -> set[tuple]:
-    return {(region.tensor, *point) for point in itertools.product(*(range(*side) for side in region.box))}
+    return {
+        (region.tensor, *point)
+        for point in itertools.product(*(range(*side) for side in region.box))
+    }
