@@ -118,6 +118,18 @@ def test_race_by_aliasing(plan):
     assert "a t0 writes and a t1 writes x[0:1] (workers 0 and 1)" in str(caught.value)
 
 
+def test_race_with_the_second_write_of_a_box():
+    builder = GraphBuilder(x=((1,), True))
+    for name, access in (("a", "writes"), ("b", "reads"), ("c", "writes"), ("d", "reads")):
+        builder.op(name)
+        builder.task(**{access: ["x[0:1]"]})
+    waits_for_a_only = Events(
+        [Event([2, 3], [], 2), Event([0], [3], 1)], [-1, -1, -1, 1], [[1], [], [0], [0]]
+    )
+    with pytest.raises(RaceError, match=r"c t0 writes and d t0 reads x\[0:1\]"):
+        verify(builder.graph, waits_for_a_only, Schedule([[0, 1, 2], [3]]))
+
+
 def test_race_ordered_backwards():
     builder = GraphBuilder(x=((1,), True))
     builder.op("old")
