@@ -1,0 +1,175 @@
+"""Races and unwritten reads: all conflicting accesses of all tensors, against the derived order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .boxes import first_uncovered, intersect, is_empty, region_text
+from .errors import MalformedScheduleError, RaceError, UnwrittenReadError, shared_text
+from .graph import Box, Events, Schedule, TaskGraph
+from .order import Order
+
+
+class TensorAccesses:
+    """All accesses of one tensor in program order, on numbered boxes: equal boxes have one
+    number."""
+
+    def __init__(self, tensor: str) -> None:
+        self.tensor = tensor
+        self.boxes: list[Box] = []
+        self.by_task: dict[
+            int, tuple[list[int], list[int]]
+        ] = {}  # task -> numbers of boxes (read, written)
+        self._numbers: dict[Box, int] = {}
+
+    def add(self, task: int, box: Box, is_write: bool) -> None:
+        number = self._numbers.setdefault(box, len(self.boxes))
+        if number == len(self.boxes):
+            self.boxes.append(box)
+        numbers = self.by_task.setdefault(task, ([], []))[is_write]
+        if number not in numbers:
+            numbers.append(number)
+
+    def overlaps(self) -> list[np.ndarray]:
+        """Per box the numbers of all boxes that it intersects, itself included."""
+        num_dims = len(self.boxes[0])
+        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), num_dims, 2)
+        lo, hi = bounds[..., 0].T.copy(), bounds[..., 1].T.copy()
+        found = []
+        for start in range(0, len(self.boxes), 256):  # in chunks: memory stays linear
+            rows = slice(start, start + 256)
+            hit = np.ones((len(self.boxes[rows]), len(self.boxes)), dtype=bool)
+            for dim in range(num_dims):
+                hit &= lo[dim, rows, None] < hi[dim]
+                hit &= hi[dim, rows, None] > lo[dim]
+            found += [np.flatnonzero(row) for row in hit]
+        return found
+
+
+def collect_accesses(graph: TaskGraph) -> list[TensorAccesses]:
+    """One entry per tensor that can be used wrongly: weights, which nobody writes, cannot."""
+    written = {region.tensor for task in graph.tasks for region in task.writes}
+    accesses: dict[str, TensorAccesses] = {}
+    for index, task in enumerate(graph.tasks):
+        for regions, is_write in ((task.reads, False), (task.writes, True)):
+            for tensor, box in ((region.tensor, region.box) for region in regions):
+                info = graph.tensors.get(tensor)
+                if info is None or len(info.dims) != len(box):
+                    raise MalformedScheduleError(_coordinates_text(graph, index, tensor, box))
+                if (tensor in written or not info.initialised) and not is_empty(box):
+                    if tensor not in accesses:
+                        accesses[tensor] = TensorAccesses(tensor)
+                    accesses[tensor].add(index, box, is_write)
+    return list(accesses.values())
+
+
+def _coordinates_text(graph: TaskGraph, task: int, tensor: str, box: Box) -> str:
+    uses = f"{graph.task_name(task)} uses {region_text(tensor, box)}"
+    if tensor not in graph.tensors:
+        return f"{uses}, but the graph has no such tensor; declare it in TaskGraph.tensors"
+    dims = len(graph.tensors[tensor].dims)
+    return f"{uses}, but {tensor} is declared with {dims} coordinates; all ops must agree on them"
+
+
+class RegionCheck:
+    """Proves that all conflicting accesses are ordered as in the program.
+
+    Per box and worker it keeps the last queue position that read or wrote the box so far. A queue
+    runs in order, so whoever comes after that position comes after all earlier ones too: one
+    comparison per worker settles all pairs.
+    """
+
+    def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule, order: Order) -> None:
+        self.graph, self.events, self.queues, self.order = graph, events, schedule.queues, order
+        self.num_pairs = 0
+        self.num_regions_covered = 0
+
+    def check(self, accesses: TensorAccesses) -> None:
+        overlaps = accesses.overlaps()
+        self._check_order(accesses, overlaps)
+        if not self.graph.tensors[accesses.tensor].initialised:
+            self._check_written(accesses, overlaps)
+
+    def _check_order(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
+        num_boxes = len(accesses.boxes)
+        last = np.zeros((2, num_boxes, len(self.queues)), dtype=np.int32)  # [0] reads, [1] writes
+        seen = np.zeros((2, num_boxes), dtype=np.int64)
+        before_read: dict[int, tuple[np.ndarray, int]] = {}  # holds until the next write
+        for task, (reads, writes) in accesses.by_task.items():
+            for box in reads:
+                if box not in before_read:
+                    near = overlaps[box]
+                    before_read[box] = last[1, near].max(axis=0), int(seen[1, near].sum())
+                self._require(task, *before_read[box])
+            for box in writes:
+                near = overlaps[box]
+                self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
+            worker, reached = self.order.worker[task], self.order.position[task] + 1
+            for kind, boxes in enumerate((reads, writes)):
+                for box in boxes:
+                    last[kind, box, worker] = max(last[kind, box, worker], reached)
+                    seen[kind, box] += 1
+            if writes:
+                before_read.clear()
+
+    def _require(self, task: int, needed: np.ndarray, num_pairs: int) -> None:
+        """`task` may run only when every worker has done the first `needed` tasks of its queue."""
+        late = self.order.done_before[task] < needed
+        if late.any():
+            worker = int(late.argmax())
+            raise self._race(self.queues[worker][needed[worker] - 1], task)
+        self.num_pairs += num_pairs
+
+    def _race(self, first: int, second: int) -> RaceError:
+        """`first` comes first in program order."""
+        name, order = self.graph.task_name, self.order
+        where = f"workers {order.worker[first]} and {order.worker[second]}"
+        shared = shared_text(self.graph, first, second)
+        if order.happens_before(second, first):
+            return RaceError(
+                f"race: {shared} ({where}), ordered backwards: {name(first)} comes first in the "
+                f"program, but {name(second)} always runs first. Put {name(first)} before "
+                f"{name(second)} in the queues, or change their order in the graph."
+            )
+        event = self.events.wait[second]
+        waits = "no event" if event < 0 else f"event {event}, which {name(first)} does not reach"
+        return RaceError(
+            f"race: {shared} ({where}), but nothing makes {name(second)} run after {name(first)}: "
+            f"it waits for {waits}. Let {name(first)} signal an event that {name(second)} waits "
+            "for, or queue both on one worker."
+        )
+
+    def _check_written(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
+        """Call after `_check_order`: what comes earlier in the program is then done before."""
+        written = np.zeros(len(accesses.boxes), dtype=bool)
+        covered: set[int] = set()  # stays so: nothing unwrites
+        for task, (reads, writes) in accesses.by_task.items():
+            for box in reads:
+                if box not in covered and not written[box]:
+                    near = [accesses.boxes[i] for i in overlaps[box] if written[i]]
+                    hole = first_uncovered(accesses.boxes[box], near)
+                    if hole is not None:
+                        raise self._unwritten(task, accesses, hole)
+                    covered.add(box)
+                self.num_regions_covered += 1
+            written[writes] = True
+
+    def _unwritten(self, task: int, accesses: TensorAccesses, hole: Box) -> UnwrittenReadError:
+        name = self.graph.task_name
+        writers = [
+            task
+            for task, (_, writes) in accesses.by_task.items()
+            if any(intersect(accesses.boxes[box], hole) for box in writes)
+        ]
+        advice = "no task writes it; add its writer, or mark the tensor as initialised"
+        if writers:
+            writer = writers[0]
+            advice = (
+                f"{name(writer)} (worker {self.order.worker[writer]}) writes it only "
+                + ("itself" if writer == task else "later in the program")
+                + "; move the writer ahead of the reader, or mark the tensor as initialised"
+            )
+        return UnwrittenReadError(
+            f"unwritten read: {name(task)} (worker {self.order.worker[task]}) reads "
+            f"{region_text(accesses.tensor, hole)} before any task has written it: {advice}."
+        )
