@@ -52,7 +52,7 @@ def kernel_constants(weight_dtype: torch.dtype, row_lengths: list[int], portable
     align = 16 // weight_dtype.itemsize
     if any(length % align for length in row_lengths):
         align = 1
-    block_n, block_k = (64, 128) if portable else (NUM_WARPS, 256)
+    block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
     return KernelConstants(weight_dtype, align, block_n, block_k, portable)
 
 
