@@ -162,7 +162,7 @@ class CudaRuntime(Runtime):
         self.queue = torch.from_numpy(packed.relocate(addresses)).to(cuda_device)
         self.queue_start = torch.from_numpy(packed.queue_start).to(cuda_device)
         self.kernel = import_source(self.source_path).megakernel
-        self.done = torch.cuda.Event()
+        self.began, self.done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.compiled = self._compile()
 
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -190,6 +190,7 @@ class CudaRuntime(Runtime):
     def start(self, request: LaunchRequest) -> None:
         num_workers = self.program.num_workers
         with torch.cuda.device(self.device):
+            self.began.record()
             try:
                 self.kernel[(num_workers,)](
                     *self._arguments(request.logits), num_warps=NUM_WARPS, launch_cooperative_grid=True
@@ -203,6 +204,11 @@ class CudaRuntime(Runtime):
 
     def finished(self) -> bool:
         return self.done.query()
+
+    @property
+    def last_launch_ms(self) -> float:
+        """GPU time of the last launch."""
+        return self.began.elapsed_time(self.done)
 
 
 class InterpreterRuntime(Runtime):
