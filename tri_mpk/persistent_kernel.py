@@ -294,9 +294,10 @@ class PersistentKernel:
             weights = [t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None]
             streamed = [t for call in self.calls for n, t in call.tensors.items() if t in weights and n.startswith("weight")]
             dtypes = {t.dtype for t in streamed}
-            if len(dtypes) != 1:
+            if len(dtypes) > 1:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
-            constants = kernel_constants(dtypes.pop(), [t.dims[1] for t in streamed], self.device.type == "cpu")
+            dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
+            constants = kernel_constants(dtype, [t.dims[1] for t in streamed], self.device.type == "cpu")
             self.program = plan(self.calls, self.tensors, self.num_workers, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
