@@ -1,4 +1,4 @@
-"""attention and its merge: GQA, odd head sizes, q/k norms, KV lengths around blocks and pages, splits without tokens."""
+"""attention and its merge: GQA, odd head sizes, q/k norms, lengths around blocks and pages, splits without tokens."""
 
 from __future__ import annotations
 
