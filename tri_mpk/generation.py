@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-DEFAULT_MAX_LENGTH = 20  # transformers' own
+DEFAULT_NEW_TOKENS = 20  # transformers' own, when no length is given anywhere
 
 # Parameters of GenerationConfig that change the text, with the values that mean "off".
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
@@ -36,6 +36,8 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "stop_strings": (None, []),
     "max_time": (None,),
     "prompt_lookup_num_tokens": (None,),
+    "speculation_type": (None,),
+    "use_mtp": (None, False),
     "assistant_early_exit": (None,),
     "remove_invalid_values": (None, False),
     "exponential_decay_length_penalty": (None,),
@@ -58,7 +60,8 @@ WITHOUT_EFFECT = {
     "max_length", "max_new_tokens", "eos_token_id", "transformers_version", "cache_config", "prefill_chunk_size",
     "compile_config", "disable_compile", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
-    "generation_mode", "_from_model_config", "output_loading_info",
+    "generation_mode", "_from_model_config", "output_loading_info", "max_cache_len", "assistant_ensemble_weight",
+    "continuous_batching_config",
 }  # fmt: skip
 
 
@@ -84,33 +87,59 @@ def resolve(
     Raises ValueError for bad input and NotImplementedError for parameters that are not supported.
     """
     prompt = check_input_ids(input_ids, attention_mask, vocab_size)
-    config = GenerationConfig(**(defaults if generation_config is None else generation_config).to_dict())
-    given = "the checkpoint's generation_config" if generation_config is None else "generation_config"
+    config = _given(defaults) | ({} if generation_config is None else _given(generation_config))
     for name, value in parameters.items():
-        if name not in NEUTRAL_VALUES and name not in WITHOUT_EFFECT:
-            if value is None:
-                continue
+        if name not in NEUTRAL_VALUES and name not in WITHOUT_EFFECT and value is not None:
             raise NotImplementedError(f"generate(): {name} is not supported; leave it out")
+    for name in vars(GenerationConfig()).keys() & config.keys() - NEUTRAL_VALUES.keys() - WITHOUT_EFFECT:
+        raise NotImplementedError(f"generate(): {name}={config[name]!r} of the generation_config is not supported")
     for name, neutral in NEUTRAL_VALUES.items():
-        value = parameters.get(name, getattr(config, name, None))
+        value = parameters.get(name, config.get(name))
         if value not in neutral:
-            origin = "" if name in parameters else f" (from {given})"
-            raise NotImplementedError(f"generate(): {name}={value!r}{origin} is not supported; pass {name}={neutral[-1]!r}")
-    max_new_tokens = parameters.get("max_new_tokens", config.max_new_tokens)
-    max_length = parameters.get("max_length", config.max_length) or DEFAULT_MAX_LENGTH
-    if max_new_tokens is not None:
-        max_length = len(prompt) + _positive("max_new_tokens", max_new_tokens)
+            origin = "" if name in parameters else f" ({_origin(name, generation_config)})"
+            raise NotImplementedError(
+                f"generate(): {name}={value!r}{origin} is not supported; pass {name}={neutral[-1]!r}"
+            )
+    if len(prompt) >= max_seq_len:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and max_seq_len={max_seq_len} leaves none to generate;"
+            " load the model with a larger max_seq_len"
+        )
+    max_length = _max_length(parameters, config, len(prompt), max_seq_len)
     if max_length <= len(prompt):
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_length={max_length} leaves none to generate; pass max_new_tokens"
+            f"the prompt has {len(prompt)} tokens and max_length={max_length} leaves none to generate;"
+            " pass max_new_tokens"
         )
     if max_length > max_seq_len:
         raise ValueError(
             f"{len(prompt)} prompt tokens and {max_length - len(prompt)} new ones exceed max_seq_len={max_seq_len};"
             " ask for fewer or load the model with a larger max_seq_len"
         )
-    eos = parameters["eos_token_id"] if "eos_token_id" in parameters else config.eos_token_id
+    eos = parameters["eos_token_id"] if "eos_token_id" in parameters else config.get("eos_token_id")
     return GenerationRequest(prompt, max_length, _token_ids(eos, vocab_size))
+
+
+def _given(config: GenerationConfig) -> dict[str, object]:
+    """What a config says; None means that it says nothing."""
+    return {name: value for name, value in config.to_dict().items() if value is not None}
+
+
+def _origin(name: str, generation_config: GenerationConfig | None) -> str:
+    if generation_config is not None and getattr(generation_config, name, None) is not None:
+        return "from generation_config"
+    return "from the checkpoint's generation_config"
+
+
+def _max_length(parameters: dict[str, object], config: dict[str, object], prompt_length: int, max_seq_len: int) -> int:
+    """max_new_tokens goes before max_length; by default there are 20 new tokens, as far as there is room."""
+    max_new_tokens = parameters.get("max_new_tokens", config.get("max_new_tokens"))
+    if max_new_tokens is not None:
+        return prompt_length + _positive("max_new_tokens", max_new_tokens)
+    max_length = parameters.get("max_length", config.get("max_length"))
+    if max_length is not None:
+        return _positive("max_length", max_length)
+    return min(prompt_length + DEFAULT_NEW_TOKENS, max_seq_len)
 
 
 def check_input_ids(

@@ -112,7 +112,7 @@ class CausalLM:
     ) -> CausalLMOutputWithPast:
         """Logits of every position: fp32 [1, length, V]."""
         for name, value in parameters.items():
-            if value not in (None, True) or name not in ("use_cache", "return_dict"):
+            if value is not None and not (value is True and name in ("use_cache", "return_dict")):
                 raise NotImplementedError(f"model(): {name}={value!r} is not supported; leave it out")
         prompt = check_input_ids(input_ids, attention_mask, self.config.vocab_size)
         length = len(prompt)

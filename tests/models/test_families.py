@@ -19,28 +19,24 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+ODD_SIZES = {"vocab_size": 97, "hidden_size": 70, "intermediate_size": 51, "num_attention_heads": 7, "head_dim": 34}
 
 CASES = {
     "llama": ("llama", {"num_hidden_layers": 2, "eos_token_id": [3, 5, 7]}),
     "llama, tied, rope llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA_3}),
-    "llama, rope linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama, rope yarn": ("llama", {"rope_parameters": YARN}),
-    "llama, rope dynamic": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "attention_bias": True},
-    ),
-    "llama, odd sizes": (
-        "llama",
-        {"vocab_size": 97, "hidden_size": 70, "intermediate_size": 51, "num_attention_heads": 7, "head_dim": 34},
-    ),
+    "llama, biases, rope dynamic": ("llama", {"rope_parameters": DYNAMIC, "attention_bias": True}),
+    "llama, odd sizes, rope linear": ("llama", {**ODD_SIZES, "rope_parameters": LINEAR}),
     "qwen2": ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
-    "qwen2, tied, 7 to 1": ("qwen2", {"tie_word_embeddings": True, "num_attention_heads": 7}),
+    "qwen2, tied, 7 to 1, rope yarn": (
+        "qwen2", {"tie_word_embeddings": True, "num_attention_heads": 7, "rope_parameters": YARN}
+    ),
     "qwen3": ("qwen3", {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "qwen3, tied, head size 80": ("qwen3", {"tie_word_embeddings": True, "head_dim": 80, "rms_norm_eps": 1e-3}),
-    "mistral": ("mistral", {"sliding_window": 64, "rms_norm_eps": 1e-2}),
-    "mistral, K split": ("mistral", {"intermediate_size": 1024, "num_key_value_heads": 2}),
-}
+    "mistral, K split": ("mistral", {"sliding_window": 64, "intermediate_size": 1024, "rms_norm_eps": 1e-2}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
