@@ -56,8 +56,9 @@ def from_pretrained(
     check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, **hub
-        )
+            name_or_path, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            ignore_mismatched_sizes=True, **hub,
+        )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -67,6 +68,11 @@ def from_pretrained(
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, first of all {missing[0]}")
+    for key, found, wanted in info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{name_or_path}: {key} has shape {tuple(found)}, but the config asks for {tuple(wanted)};"
+            " config.json and the weights do not belong together"
+        )
     return from_model(
         model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
         progress=progress,

@@ -67,8 +67,12 @@ class PersistentKernel:
             raise ValueError(f"step must be an int32 tensor of one element, got {step.dtype} {tuple(step.shape)}")
         if tokens.dtype != torch.int64 or tokens.numel() != tokens.shape[-1]:
             raise ValueError(f"tokens must be int64 [max_seq_len], got {tokens.dtype} {tuple(tokens.shape)}")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers={num_workers} must be at least 1; leave it out for one per SM")
+        if not wait_bound_s > 0:
+            raise ValueError(f"wait_bound_s={wait_bound_s} must be positive")
         self.device = tokens.device
-        self.num_workers = num_workers or default_num_workers(self.device)
+        self.num_workers = default_num_workers(self.device) if num_workers is None else num_workers
         self.wait_bound_s = wait_bound_s
         self.max_seq_len = tokens.shape[-1]
         self.tensors: dict[str, TensorHandle] = {}
