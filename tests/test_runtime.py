@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 from tri_mpk.scheduler import device as words
-from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
+from tri_mpk.scheduler.descriptor import PackedQueues
 from tri_mpk.scheduler.graph import STEP_EVENT
 
 from decoders import prompt, tiny_pair
@@ -25,6 +25,7 @@ from tri_mpk.program import Program
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = prompt(2)
 NEW_TOKENS = 3
+EVENT_STRIDE = words.EVENT_STRIDE.value
 FEW_POLLS_S = 0.05  # a wait bound that a sane launch of a tiny model never reaches within one step
 
 
@@ -92,6 +93,18 @@ def timeout_of(model: CausalLM) -> MegakernelTimeout:
     return caught.value
 
 
+def following(program: Program, event: int) -> set[int]:
+    """Events that cannot happen before `event` has."""
+    found: set[int] = set()
+    pending = {event}
+    while pending:
+        tasks = program.events.events[pending.pop()].consumers
+        new = {e for task in tasks for e in program.events.signals[task]} - found
+        found |= new
+        pending |= new
+    return found
+
+
 def test_a_lost_signal(impatient):
     model, expected = impatient
     runtime, program = model.kernel.runtime, model.kernel.program
@@ -99,10 +112,12 @@ def test_a_lost_signal(impatient):
     runtime.set_epoch(1)
     runtime.events[event * EVENT_STRIDE] -= 1
     error = timeout_of(model)
-    consumers = [program.graph.task_name(t) for t in program.events.events[event].consumers]
-    assert (error.event, error.seen, error.wanted) == (event, 1, 2)
-    assert error.task in consumers and 0 <= error.worker < 2
-    for part in (error.task, f"event {event}", "stood at 1", "wanted 2", "wait_bound_s", "signalled by 2 tasks"):
+    # whoever began to wait first gives up first: for that event, or for one that follows from it
+    assert error.event in {event} | following(program, event)
+    assert error.seen < error.wanted and 0 <= error.worker < 2
+    consumers = [program.graph.task_name(t) for t in program.events.events[error.event].consumers]
+    assert error.task in consumers or error.task == "the end of the step"
+    for part in (error.task, f"event {error.event} stood at {error.seen}, wanted {error.wanted}", "wait_bound_s"):
         assert part in str(error)
     assert torch.equal(generate(model), expected)
 
@@ -125,7 +140,8 @@ def test_a_fault_in_a_later_step(impatient):
     assert torch.equal(generate(model), expected)
     runtime.events[EVENT_STRIDE] -= 1
     error = timeout_of(model)
-    assert error.event == 1 and error.wanted - error.seen == 1 and error.wanted > 1
+    count = model.kernel.program.events.events[error.event].count
+    assert error.event in {1} | following(model.kernel.program, 1) and error.seen < error.wanted > count
     assert torch.equal(generate(model), expected)
 
 
@@ -150,14 +166,14 @@ def with_corrupt_queues(change, check) -> None:
 
 
 def test_a_wait_that_counts_too_far():
-    count = words.TASK_WAIT_COUNT.value
+    wait = words.TASK_WAIT.value
 
     def change(queue) -> None:
-        queue[(queue[:, count] == 2).nonzero()[0][0], count] = 3
+        queue[(queue[:, wait] >> 32 > 0).nonzero()[0][0], wait] += 1 << 32
 
     def check(model: CausalLM) -> None:
         error = timeout_of(model)
-        assert (error.seen, error.wanted) == (2, 3)
+        assert error.seen == error.wanted - 1
 
     with_corrupt_queues(change, check)
 
@@ -172,8 +188,8 @@ def test_a_task_of_no_variant():
     def check(model: CausalLM) -> None:
         error = timeout_of(model)
         program = model.kernel.program
-        assert program.schedule.queues[0][0] in program.events.events[error.event].producers
-        assert error.seen == error.wanted - 1
+        missing = program.events.signals[program.schedule.queues[0][0]]
+        assert error.event in set(missing).union(*(following(program, event) for event in missing))
 
     with_corrupt_queues(change, check)
 
@@ -196,18 +212,18 @@ class AtToken(BaseStreamer):
 
 
 @pytest.mark.parametrize("worker", [0, 1])
-def test_a_worker_killed_in_a_launch(pair, worker):
-    model, expected = pair
+def test_a_worker_killed_in_a_launch(impatient, worker):
+    model, expected = impatient
     runtime = model.kernel.runtime
     runtime.set_epoch(1)
     with pytest.raises(WorkerDiedError, match=f"worker {worker}|process"):
-        model.generate(PROMPT, max_new_tokens=30, streamer=AtToken(2, runtime.workers[worker].kill))
+        model.generate(PROMPT, max_new_tokens=14, streamer=AtToken(2, runtime.workers[worker].kill))
     assert torch.equal(generate(model), expected)
     assert torch.equal(generate(model), expected)
 
 
-def test_a_worker_killed_between_launches(pair):
-    model, expected = pair
+def test_a_worker_killed_between_launches(impatient):
+    model, expected = impatient
     model.kernel.runtime.workers[1].kill()
     model.kernel.runtime.workers[1].wait()
     with pytest.raises(WorkerDiedError):
