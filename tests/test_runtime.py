@@ -312,6 +312,16 @@ def test_ctrl_c_and_a_killed_host():
     assert_gone(pids)
 
 
+def test_a_host_killed_in_a_launch():
+    process, pids = start_script("""
+        model.generate(prompt(2), max_new_tokens=60, streamer=Say())
+    """)
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["prompt", "token"]
+    process.kill()
+    process.communicate()
+    assert_gone(pids)
+
+
 def test_workers_end_with_their_model():
     model, _ = tiny_pair(max_seq_len=16)
     model.compile()
