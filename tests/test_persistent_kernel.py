@@ -1,0 +1,275 @@
+"""The graph API: every misuse is named where it happens, and a small graph does what it says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tri_mpk import DeviceError, PersistentKernel
+from tri_mpk.runtime import LaunchRequest
+
+META = torch.device("meta")
+
+
+def meta_tensors(max_seq_len: int = 8, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    return [step, torch.zeros(max_seq_len, dtype=torch.int64, device=device)]
+
+
+@pytest.fixture
+def mpk() -> PersistentKernel:
+    return PersistentKernel(num_workers=2, meta_tensors=meta_tensors())
+
+
+def attach(mpk: PersistentKernel, *dims: int, dtype: torch.dtype = torch.float32):
+    return mpk.attach_input(torch.zeros(dims, dtype=dtype, device=mpk.device), name=f"t{len(mpk.tensors)}")
+
+
+# ---- the constructor ----
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments"),
+    [
+        (NotImplementedError, "world_size=2", {"world_size": 2}),
+        (NotImplementedError, "rank=1", {"rank": 1}),
+        (NotImplementedError, "profiler_tensor", {"profiler_tensor": torch.zeros(1)}),
+        (ValueError, "got 0 tensors", {"meta_tensors": []}),
+        (ValueError, "got 1 tensors", {"meta_tensors": meta_tensors()[:1]}),
+        (ValueError, "step must be an int32", {"meta_tensors": [torch.zeros(1), meta_tensors()[1]]}),
+        (ValueError, "step must be", {"meta_tensors": [torch.zeros(2, dtype=torch.int32), meta_tensors()[1]]}),
+        (ValueError, "tokens must be int64", {"meta_tensors": [meta_tensors()[0], torch.zeros(8)]}),
+        (ValueError, "tokens must be", {"meta_tensors": [meta_tensors()[0], torch.zeros(2, 4, dtype=torch.int64)]}),
+        (ValueError, "num_workers=0", {"num_workers": 0}),
+        (ValueError, "wait_bound_s=0", {"wait_bound_s": 0}),
+    ],
+)
+def test_bad_arguments(error, text, arguments):
+    with pytest.raises(error, match=re.escape(text)):
+        PersistentKernel(**({"meta_tensors": meta_tensors()} | arguments))
+
+
+def test_tokens_may_have_a_batch_dimension_of_one():
+    step, tokens = meta_tensors(8)
+    assert PersistentKernel(num_workers=2, meta_tensors=[step, tokens[None]]).max_seq_len == 8
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match="num_worker"):
+        PersistentKernel(num_worker=2, meta_tensors=meta_tensors())
+
+
+# ---- tensors ----
+
+
+def test_duplicate_names(mpk):
+    mpk.new_tensor((4,), torch.float32, name="x")
+    with pytest.raises(ValueError, match="named x already"):
+        mpk.new_tensor((4,), torch.float32, name="x")
+    with pytest.raises(ValueError, match="named step already"):
+        mpk.attach_input(torch.zeros(3), name="step")
+
+
+def test_tensor_that_is_not_contiguous(mpk):
+    with pytest.raises(ValueError, match=r"w has strides \(1, 4\).*contiguous"):
+        mpk.attach_input(torch.zeros(4, 4).t(), name="w")
+
+
+def test_tensor_on_another_device(mpk):
+    with pytest.raises(ValueError, match="w is on meta, but the kernel is on cpu"):
+        mpk.attach_input(torch.zeros(4, device=META), name="w")
+
+
+def test_symmetric_tensor(mpk):
+    with pytest.raises(NotImplementedError, match="symmetric=False"):
+        mpk.new_tensor((4,), torch.float32, name="x", symmetric=True)
+
+
+# ---- layers ----
+
+LAYERS = {
+    "embed_layer": {"weight": (5, 8), "output": (8,)},
+    "rmsnorm_linear_layer": {"input": (8,), "weight_norm": (8,), "weight_linear": (6, 8), "output": (6,), "bias": (6,)},
+    "rmsnorm_gated_linear_layer": {
+        "input": (8,), "weight_norm": (8,), "weight_gate": (6, 8), "weight_up": (6, 8), "output": (6,)
+    },
+    "linear_with_residual_layer": {"input": (8,), "weight": (6, 8), "residual": (6,), "output": (6,), "bias": (6,)},
+    "attention_layer": {
+        "input": (256,), "k_cache": (2, 2, 128, 32), "v_cache": (2, 2, 128, 32), "page_table": (2,),
+        "cos_pos_embed": (256, 32), "sin_pos_embed": (256, 32), "output": (128,),
+    },
+    "lm_head_layer": {"input": (8,), "weight_norm": (8,), "weight_linear": (9, 8)},
+}  # fmt: skip
+UNCHECKED = {"page_table", "cos_pos_embed", "sin_pos_embed", "k_cache"}
+
+
+def add_layer(mpk: PersistentKernel, layer: str, wrong: str | None = None) -> None:
+    """The layer with sound tensors, but for one dimension of `wrong`."""
+    tensors = {}
+    for name, dims in LAYERS[layer].items():
+        tensors[name] = attach(mpk, *(dims[:-1] + (dims[-1] + 1,) if name == wrong else dims))
+    if layer == "attention_layer":
+        tensors["num_q_heads"] = 4
+    if layer == "lm_head_layer":
+        tensors["output"] = attach(mpk, 2), attach(mpk, 3 if wrong == "output[1]" else 2, dtype=torch.int32)
+    getattr(mpk, layer)(**tensors)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_sound_dims_are_accepted(mpk, layer):
+    add_layer(mpk, layer)
+    assert len(mpk.calls) == (2 if layer == "attention_layer" else 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "argument"),
+    [(layer, name) for layer, dims in LAYERS.items() for name in dims if name not in UNCHECKED and len(dims[name]) != 2]
+    + [("rmsnorm_gated_linear_layer", "weight_up"), ("lm_head_layer", "output[1]"), ("attention_layer", "v_cache")],
+)
+def test_wrong_dims_are_named(mpk, layer, argument):
+    with pytest.raises(ValueError, match=rf"{layer}: {re.escape(argument)}=t\d+ must have dims \(.*\), got \("):
+        add_layer(mpk, layer, wrong=argument)
+    assert not mpk.calls
+
+
+def test_weight_that_is_no_matrix(mpk):
+    with pytest.raises(ValueError, match=r"must be a matrix \[N, K\], got \(8,\)"):
+        mpk.rmsnorm_linear_layer(
+            input=attach(mpk, 8), weight_norm=attach(mpk, 8), weight_linear=attach(mpk, 8), output=attach(mpk, 8)
+        )
+
+
+def test_heads_that_do_not_share_evenly(mpk):
+    tensors = {name: attach(mpk, *dims) for name, dims in LAYERS["attention_layer"].items()}
+    with pytest.raises(ValueError, match="num_q_heads=5 must be a multiple of the 2 heads"):
+        mpk.attention_layer(**tensors, num_q_heads=5)
+
+
+def test_page_size_that_blocks_do_not_divide(mpk):
+    dims = LAYERS["attention_layer"] | {"k_cache": (2, 2, 100, 32), "v_cache": (2, 2, 100, 32)}
+    tensors = {name: attach(mpk, *d) for name, d in dims.items()}
+    with pytest.raises(ValueError, match="page_size=100 must be a multiple"):
+        mpk.attention_layer(**tensors, num_q_heads=4)
+
+
+def test_argmax_has_one_task(mpk):
+    mpk.argmax_layer(input=(attach(mpk, 1), attach(mpk, 1, dtype=torch.int32)), grid_dim=2)
+    with pytest.raises(ValueError, match="grid_dim=2"):
+        mpk.plan()
+
+
+# ---- from graph to launch ----
+
+
+def copy_graph(device: torch.device | str = "cpu", tasks: int | None = None) -> PersistentKernel:
+    """Token t is followed by t + 1: an embedding whose rows are one-hot, and a head that shifts."""
+    mpk = PersistentKernel(num_workers=2, meta_tensors=meta_tensors(8, device), wait_bound_s=30.0)
+    eye = torch.eye(16, device=device)
+    x = mpk.new_tensor((16,), torch.float32, name="x")
+    mpk.embed_layer(weight=mpk.attach_input(eye, name="embedding"), output=x)
+    y = mpk.new_tensor((16,), torch.float32, name="y")
+    mpk.linear_with_residual_layer(
+        input=x, weight=mpk.attach_input(0 * eye, name="zero"), residual=x, output=y, grid_dim=tasks
+    )
+    best = (mpk.new_tensor((2,), torch.float32, name="v"), mpk.new_tensor((2,), torch.int32, name="i"))
+    mpk.lm_head_layer(
+        input=y, weight_norm=mpk.attach_input(torch.ones(16, device=device), name="norm"),
+        weight_linear=mpk.attach_input(eye.roll(1, 0).contiguous(), name="shift"), output=best,
+    )  # fmt: skip
+    mpk.argmax_layer(input=best)
+    return mpk
+
+
+@pytest.fixture(scope="module")
+def counter() -> PersistentKernel:
+    mpk = copy_graph()
+    mpk.compile()
+    return mpk
+
+
+def restart(mpk: PersistentKernel, *tokens: int) -> None:
+    mpk.step.data.zero_()
+    mpk.tokens.data.zero_()
+    mpk.tokens.data[: len(tokens)] = torch.tensor(tokens)
+
+
+def test_a_graph_counts(counter):
+    restart(counter, 3)
+    assert counter(num_tokens=1, max_new_tokens=4) == 5
+    assert counter.tokens.data.tolist() == [3, 4, 5, 6, 7, 0, 0, 0] and int(counter.step.data) == 4
+    assert counter(num_tokens=5) == 8  # goes on where it stands, to the end
+    assert counter.tokens.data.tolist() == list(range(3, 11))
+
+
+def test_a_graph_stops_at_eos(counter):
+    restart(counter, 9, 1)
+    assert counter(num_tokens=2, eos_token_id=4) == 5
+    assert counter.tokens.data.tolist() == [9, 1, 2, 3, 4, 0, 0, 0]
+    restart(counter, 1)
+    assert counter(num_tokens=1, eos_token_id=[14, 2]) == 2
+
+
+def test_tokens_come_while_the_kernel_runs(counter):
+    restart(counter, 5)
+    tokens = counter.launch(LaunchRequest(num_known=1, last_step=6))
+    assert next(tokens) == 6
+    assert not counter.runtime.finished()
+    tokens.close()  # asks it to stop
+    assert counter.runtime.finished() and int(counter.step.data) < 6
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_new_tokens", "step"),
+    [(0, 1, 0), (1, 0, 0), (1, 8, 0), (8, None, 0), (9, 1, 0), (3, 1, 3), (-1, None, 0), (7, 2, 0)],
+)
+def test_ranges_of_a_call(counter, num_tokens, max_new_tokens, step):
+    restart(counter, 1)
+    counter.step.data.fill_(step)
+    launches = counter.runtime.num_launches
+    with pytest.raises(ValueError, match=f"num_tokens={num_tokens}, max_new_tokens={max_new_tokens} at step {step}"):
+        counter(num_tokens=num_tokens, max_new_tokens=max_new_tokens)
+    assert counter.runtime.num_launches == launches
+
+
+def test_a_compiled_graph_is_closed(counter):
+    with pytest.raises(ValueError, match="compiled"):
+        counter.embed_layer(weight=counter.tensors["embedding"], output=counter.tensors["x"])
+
+
+def test_a_graph_without_an_end(mpk):
+    mpk.embed_layer(weight=attach(mpk, 4, 8), output=attach(mpk, 8))
+    with pytest.raises(ValueError, match="no argmax_layer"):
+        mpk.compile()
+
+
+def test_weights_of_several_types(mpk):
+    x, y = attach(mpk, 8), attach(mpk, 8)
+    mpk.embed_layer(weight=attach(mpk, 4, 8), output=x)
+    mpk.linear_with_residual_layer(input=x, weight=attach(mpk, 8, 8, dtype=torch.bfloat16), residual=x, output=y)
+    mpk.argmax_layer(input=(attach(mpk, 1), attach(mpk, 1, dtype=torch.int32)))
+    with pytest.raises(ValueError, match=r"one type.*torch\.bfloat16.*torch\.float32"):
+        mpk.plan()
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 16])
+def test_grid_dim_is_the_number_of_tasks(tasks):
+    program = copy_graph(META, tasks).plan()
+    assert sum(task.op == 1 for task in program.graph.tasks) == tasks
+
+
+def test_a_graph_on_the_meta_device_is_planned_not_run():
+    mpk = copy_graph(META)
+    program = mpk.plan()
+    assert program.report.num_tasks == len(program.graph.tasks) and program.num_workers == 2
+    with pytest.raises(DeviceError, match="meta can be planned, not run"):
+        mpk.compile()
+
+
+def test_reading_what_nobody_writes_is_refused(mpk):
+    hole = mpk.new_tensor((8,), torch.float32, name="hole")
+    mpk.linear_with_residual_layer(input=hole, weight=attach(mpk, 8, 8), residual=attach(mpk, 8), output=attach(mpk, 8))
+    mpk.argmax_layer(input=(attach(mpk, 1), attach(mpk, 1, dtype=torch.int32)))
+    with pytest.raises(ValueError, match=r"unwritten read.*hole\[0:8\]"):
+        mpk.plan()
