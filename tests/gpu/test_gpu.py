@@ -1,0 +1,358 @@
+"""On one CUDA GPU: tokens and accuracy against transformers, launches, streaming, planted faults, refusals."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from tri_mpk.scheduler import device as words
+
+import tri_mpk
+from decoders import prompt, tiny_config
+from tri_mpk import CausalLM, DeviceError, MegakernelTimeout
+from tri_mpk.geometries import geometry
+from tri_mpk.loading import memory_bytes, random_model
+from tri_mpk.models import describe
+from tri_mpk.program import kernel_constants
+
+pytestmark = pytest.mark.gpu
+
+DEMO = Path(__file__).resolve().parents[2] / "demos" / "tiny"
+CUDA = torch.device("cuda", 0)
+MAX_SEQ_LEN = 2048
+EVENT_STRIDE = words.EVENT_STRIDE.value
+
+SMALL: dict[str, PreTrainedConfig] = {
+    "llama": tiny_config(
+        "llama", vocab_size=1000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+    ),
+    "llama, odd sizes": tiny_config(
+        "llama", vocab_size=1001, hidden_size=510, intermediate_size=701, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=34, max_position_embeddings=4096,
+    ),
+    "mistral, head size 80": tiny_config(
+        "mistral", vocab_size=777, hidden_size=320, intermediate_size=1000, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=80, max_position_embeddings=4096,
+    ),
+    "qwen2, 7 to 1": tiny_config(
+        "qwen2", vocab_size=2000, hidden_size=896, intermediate_size=2432, num_hidden_layers=3, num_attention_heads=14,
+        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, max_position_embeddings=4096,
+    ),
+    "qwen3": tiny_config(
+        "qwen3", vocab_size=1500, hidden_size=640, intermediate_size=1920, num_hidden_layers=3, num_attention_heads=10,
+        num_key_value_heads=5, head_dim=128, max_position_embeddings=4096,
+    ),
+}  # fmt: skip
+LARGE = ["Llama-3.2-1B", "Qwen3-0.6B"]
+
+
+@pytest.fixture(scope="module")
+def small() -> CausalLM:
+    """A model for what does not depend on the model."""
+    return random(SMALL["llama"], torch.bfloat16)[0]
+
+
+def random(config: PreTrainedConfig, dtype: torch.dtype, **parameters: object) -> tuple[CausalLM, PreTrainedModel]:
+    """Ours and transformers', which share their weights."""
+    theirs = random_model(copy.deepcopy(config), 0, dtype, CUDA)
+    theirs.generation_config.eos_token_id = None
+    return tri_mpk.from_model(theirs, max_seq_len=MAX_SEQ_LEN, progress=False, **parameters), theirs
+
+
+def tokens(length: int, vocab_size: int = 1000) -> torch.Tensor:
+    return prompt(length, vocab_size).to(CUDA)
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def fp32_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """The definition of correct: transformers, fp32, eager attention."""
+    exact = copy.deepcopy(model).float()
+    exact.set_attn_implementation("eager")
+    with exact_fp32():
+        return exact(input_ids).logits[0]
+
+
+def distances(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Relative L2 and mean KL divergence."""
+    logits = logits[0].double()
+    exact = exact.double()
+    l2 = (logits - exact).norm() / exact.norm()
+    kl = kl_div(logits.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean")
+    return float(l2), float(kl)
+
+
+# ---- tokens and accuracy ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", ["Four score and seven", "Humpty Dumpty sat"])
+def test_the_demo_recites_as_transformers_in_fp32(text, dtype):
+    """Its margins are far above the noise of bf16 (tests/demos), so all tokens must be equal, EOS included."""
+    input_ids = AutoTokenizer.from_pretrained(DEMO)(text, return_tensors="pt").input_ids
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    model = tri_mpk.from_pretrained(DEMO, dtype=dtype, progress=False)
+    assert model.dtype == dtype and model.device == CUDA
+    result = model.generate(input_ids)
+    assert result.device.type == "cpu"
+    assert torch.equal(result, theirs.generate(input_ids))
+    assert model.generate(input_ids.to(CUDA), max_new_tokens=1).device == CUDA
+
+
+def check_accuracy(config: PreTrainedConfig, length: int) -> None:
+    ours, theirs = random(config, torch.bfloat16)
+    input_ids = tokens(length, config.vocab_size)
+    exact = fp32_logits(theirs, input_ids)
+    with torch.no_grad():
+        bf16 = theirs(input_ids).logits
+    actual = ours(input_ids).logits
+    (our_l2, our_kl), (their_l2, their_kl) = distances(actual, exact), distances(bf16, exact)
+    print(f"relative L2 {our_l2:.2e} (transformers {their_l2:.2e}), KL {our_kl:.2e} (transformers {their_kl:.2e})")
+    assert 0 < our_l2 <= their_l2 and 0 < our_kl <= their_kl
+
+    best, second = exact.topk(2, -1).values.unbind(-1)
+    clear = best - second > 4 * (bf16[0].float() - exact).abs().amax(-1)
+    assert bool(clear.any())
+    assert torch.equal(actual[0].argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name):
+    check_accuracy(SMALL[name], length=150)  # beyond a page
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_bf16_of_published_geometries(name):
+    check_accuracy(geometry(name), length=64)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fp32_equals_transformers(name):
+    ours, theirs = random(SMALL[name], torch.float32)
+    input_ids = tokens(140, 700)
+    torch.testing.assert_close(ours(input_ids).logits[0], fp32_logits(theirs, input_ids), rtol=2e-4, atol=2e-4)
+    with exact_fp32():
+        expected = theirs.generate(input_ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours.generate(input_ids, max_new_tokens=8), expected)
+
+
+def test_fp16_equals_fp32_within_its_rounding():
+    ours, theirs = random(SMALL["llama"], torch.float16)
+    input_ids = tokens(40)
+    assert distances(ours(input_ids).logits, fp32_logits(theirs, input_ids))[0] < 5e-3
+
+
+def test_the_portable_form_gives_the_same_bits(small):
+    """Triton's atomics and the PTX of waits and signals stand for each other."""
+
+    def portable(*arguments):
+        return dataclasses.replace(kernel_constants(*arguments), portable=True)
+
+    with mock.patch("tri_mpk.persistent_kernel.kernel_constants", portable):
+        other, _ = random(SMALL["llama"], torch.bfloat16)
+        other.compile()
+    assert "PORTABLE = tl.constexpr(True)" in other.kernel.program.source
+    small.compile()
+    assert "PORTABLE = tl.constexpr(False)" in small.kernel.program.source
+    input_ids = tokens(20)
+    assert torch.equal(other(input_ids).logits, small(input_ids).logits)
+
+
+# ---- launches ----
+
+
+def test_the_same_bits_every_time(small):
+    input_ids = tokens(30)
+    logits = small(input_ids).logits.clone()
+    text = small.generate(input_ids, max_new_tokens=200)
+    for _ in range(20):
+        assert torch.equal(small(input_ids).logits, logits)
+        assert torch.equal(small.generate(input_ids, max_new_tokens=200), text)
+
+
+def test_one_launch_per_generate(small):
+    small.compile()
+    launched = []
+    hook = launched.append
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        small.generate(tokens(5), max_new_tokens=100)
+        assert len(launched) == 1
+        small.generate(tokens(9), max_new_tokens=1)
+        assert len(launched) == 2
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+
+
+class AtToken(BaseStreamer):
+    """Does something at the n-th new token."""
+
+    def __init__(self, n: int, action):
+        self.left, self.action = n + 1, action  # the prompt is put first
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+    def end(self) -> None: ...
+
+
+def test_tokens_arrive_while_the_kernel_runs(small):
+    done = []
+    streamer = AtToken(1, lambda: done.append(small.kernel.runtime.done.query()))
+    small.generate(tokens(5), max_new_tokens=2000, streamer=streamer)
+    assert done == [False]
+
+
+def test_ctrl_c_leaves_the_model_usable(small):
+    expected = small.generate(tokens(5), max_new_tokens=50)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.generate(tokens(5), max_new_tokens=2000, streamer=AtToken(3, interrupt))
+    assert small.kernel.runtime.finished() and int(small.kernel.step.data) < 2000
+    assert torch.equal(small.generate(tokens(5), max_new_tokens=50), expected)
+
+
+@pytest.mark.parametrize("epoch", [2**31 - 20, -20])
+def test_epochs_wrap_around(small, epoch):
+    expected = small.generate(tokens(5), max_new_tokens=100)
+    small.kernel.runtime.set_epoch(epoch)
+    assert torch.equal(small.generate(tokens(5), max_new_tokens=100), expected)
+    small.kernel.runtime.set_epoch(1)
+
+
+def test_two_models_take_turns(small):
+    other, _ = random(SMALL["qwen3"], torch.bfloat16)
+    first = small.generate(tokens(5), max_new_tokens=20), other.generate(tokens(5), max_new_tokens=20)
+    again = small.generate(tokens(5), max_new_tokens=20), other.generate(tokens(5), max_new_tokens=20)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["layers.1.self_attn.v_proj", "layers.0.mlp.gate_proj", "layers.2.self_attn.o_proj"])
+def test_weights_are_used_where_they_lie(name):
+    ours, theirs = random(SMALL["llama"], torch.bfloat16)
+    before = ours(tokens(3)).logits.clone()
+    dict(theirs.model.named_parameters())[f"{name}.weight"].data.mul_(-1)
+    after = ours(tokens(3)).logits
+    assert distances(after, fp32_logits(theirs, tokens(3)))[0] < 0.05 < distances(before, after[0])[0]
+
+
+def test_memory_is_weights_cache_and_little_more():
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model = tri_mpk.from_config(geometry("Qwen3-0.6B"), max_seq_len=MAX_SEQ_LEN, progress=False)
+    model.compile()
+    used = torch.cuda.memory_allocated() - before
+    needed = memory_bytes(model.config, describe(model.config, MAX_SEQ_LEN), torch.bfloat16, MAX_SEQ_LEN)
+    assert used <= 1.02 * needed + (256 << 20)
+
+
+# ---- planted faults ----
+
+
+@pytest.fixture
+def impatient(small) -> Iterator[CausalLM]:
+    small.compile()
+    small.kernel.runtime.wait_bound_s = 1.0
+    yield small
+    small.kernel.runtime.wait_bound_s = 10.0
+
+
+def check_timeout(model: CausalLM, fault, repair) -> MegakernelTimeout:
+    """The fault ends a launch in time; after the repair the next launch is right."""
+    expected = model.generate(tokens(5), max_new_tokens=20)
+    fault()
+    started = time.monotonic()
+    with pytest.raises(MegakernelTimeout) as caught:
+        model.generate(tokens(5), max_new_tokens=20)
+    assert time.monotonic() - started < 5
+    repair()
+    assert torch.equal(model.generate(tokens(5), max_new_tokens=20), expected)
+    return caught.value
+
+
+def test_a_wait_that_counts_too_far(impatient):
+    queue = impatient.kernel.runtime.queue.view(torch.int64)
+    saved = queue.clone()
+    records = saved.cpu()
+    record = int((records[:, words.TASK_WAIT.value] >> 32 > 0).nonzero()[0])
+
+    def fault() -> None:
+        queue[record, words.TASK_WAIT.value] += 1 << 32
+
+    error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
+    assert error.seen < error.wanted and 0 <= error.worker < impatient.kernel.num_workers
+    assert error.task in str(error) and f"event {error.event} stood at {error.seen}" in str(error)
+
+
+def test_a_task_of_no_variant(impatient):
+    queue = impatient.kernel.runtime.queue
+    saved = queue.clone()
+
+    def fault() -> None:
+        queue[0, words.TASK_VARIANT.value] = queue[0, words.TASK_VARIANT.value] >> 32 << 32 | 77
+
+    error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
+    assert error.seen < error.wanted
+
+
+def test_a_lost_signal(impatient):
+    runtime = impatient.kernel.runtime
+    error = check_timeout(impatient, lambda: runtime.events[EVENT_STRIDE::EVENT_STRIDE].sub_(1), lambda: None)
+    assert error.wanted - error.seen >= 1
+
+
+# ---- refusals ----
+
+
+def test_too_many_workers(small):
+    expected = small.generate(tokens(5), max_new_tokens=5)
+    model, _ = random(SMALL["llama"], torch.bfloat16, num_workers=1000)
+    with pytest.raises(DeviceError, match=r"1000 workers at once.*num_workers"):
+        model.generate(tokens(5), max_new_tokens=5)
+    assert torch.equal(small.generate(tokens(5), max_new_tokens=5), expected)
+
+
+def test_few_workers_give_the_same_tokens(small):
+    model, theirs = random(SMALL["llama"], torch.bfloat16, num_workers=7)
+    exact = fp32_logits(theirs, tokens(9))
+    assert distances(model(tokens(9)).logits, exact)[0] <= 1.5 * distances(small(tokens(9)).logits, exact)[0]
+
+
+def test_too_little_memory():
+    config = tiny_config(vocab_size=40_000_000, hidden_size=4096, num_attention_heads=32, head_dim=128)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(DeviceError, match=r"GiB are needed on cuda:0.*are free"):
+        tri_mpk.from_config(config, dtype=torch.bfloat16)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_cpu_model_moves_to_the_gpu():
+    theirs = random_model(SMALL["qwen3"], 0, torch.bfloat16, torch.device("cpu"))
+    model = tri_mpk.from_model(theirs, device="cuda", max_seq_len=64, progress=False)
+    assert model.device == CUDA and model.generate([[1, 2]], max_new_tokens=2).device == CUDA
