@@ -21,6 +21,7 @@ from tri_mpk.benchmark import (
     Subject,
     check_logits,
     compile_seconds,
+    decode_at,
     dense_cache,
     empty_caches,
     fill_cache,
@@ -90,6 +91,14 @@ def test_logits_equal_the_reference_on_the_same_cache(twins, position: int):
     assert (other - expected).norm() > 0.01 * expected.norm()  # the cache matters
     before[position] = 5
     assert torch.equal(model.kernel.tokens.data, before)  # no token was chosen
+
+
+def test_positions_beyond_the_model_are_refused(twins):
+    model, _ = twins
+    with pytest.raises(ValueError, match=r"position=256 is not in 0 .. 255"):
+        logits_at(model, 256, token=5)
+    with pytest.raises(ValueError, match=r"32 tokens around context=250 exceed max_seq_len=256"):
+        decode_at(model, 250, 32)
 
 
 def test_dense_cache_follows_the_page_table(twins):

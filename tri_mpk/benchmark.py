@@ -59,6 +59,10 @@ def fill_cache(model: CausalLM, seed: int = SEED) -> None:
 def decode_at(model: CausalLM, context: int, num_tokens: int) -> float:
     """ms per token of one launch that chooses `num_tokens` tokens while the KV length passes `context` half-way."""
     first = max(1, context - num_tokens // 2)
+    if first + num_tokens > model.max_seq_len:
+        raise ValueError(
+            f"{num_tokens} tokens around context={context} exceed max_seq_len={model.max_seq_len}; load with a larger one"
+        )
     model.compile()
     model.kernel.step.data.fill_(first - 1)
     request = LaunchRequest(num_known=first, last_step=first + num_tokens - 2, logits_from=0)
@@ -88,6 +92,10 @@ def logits_at(model: CausalLM, position: int, token: int) -> Tensor:
 
     Attends to the cache below `position` as it is, and writes the token's own k and v there.
     """
+    if not 0 <= position < model.max_seq_len:
+        raise ValueError(
+            f"position={position} is not in 0 .. {model.max_seq_len - 1} (max_seq_len={model.max_seq_len})"
+        )
     model.compile()
     model.kernel.step.data.fill_(position)
     model.kernel.tokens.data.view(-1)[position] = token
@@ -201,7 +209,7 @@ class Subject:
             "plan_s": self.model.kernel.program.seconds,
             "compile_cold_s": self.compile_cold_s,
             "compile_cached_s": self.compile_cached_s,
-            "rows": list(rows),
+            "rows": sorted(rows, key=lambda row: row["context"]),
         }
 
 
