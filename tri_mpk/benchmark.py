@@ -61,7 +61,7 @@ def decode_at(model: CausalLM, context: int, num_tokens: int) -> float:
     first = max(1, context - num_tokens // 2)
     if first + num_tokens > model.max_seq_len:
         raise ValueError(
-            f"{num_tokens} tokens around context={context} exceed max_seq_len={model.max_seq_len}; load with a larger one"
+            f"{num_tokens} tokens around context={context} exceed max_seq_len={model.max_seq_len}; load with more"
         )
     model.compile()
     model.kernel.step.data.fill_(first - 1)
