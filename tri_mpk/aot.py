@@ -54,7 +54,7 @@ def kernel_source(source_path: Path) -> ASTSource:
 
 
 def compile_for(source_path: Path, target: str) -> CompiledKernel:
-    """The kernel in a source file, compiled for `target` with the runtime's own options, or taken from Triton's cache."""
+    """The kernel in a source file, compiled for `target` as the runtime does, or taken from its cache."""
     gpu = parse_target(target)
     check_compiler()
     options = {"num_warps": NUM_WARPS, "launch_cooperative_grid": True}
@@ -65,9 +65,9 @@ def compile_for(source_path: Path, target: str) -> CompiledKernel:
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """What a compiled kernel takes of an SM, and how wide the weights are loaded.
 
-    `registers` is per thread, `stack_bytes` too. `spills` counts the instructions of the machine code that write or read
-    local memory (STL, LDL); for 4-byte spills that is a quarter of ptxas' spill bytes. Weight loads are those marked
-    evict_first; wide ones bring 16 bytes per lane or more.
+    `registers` and `stack_bytes` are per thread. `spills` counts the instructions that write or read local memory (STL,
+    LDL); with 4-byte spills each is 4 of ptxas' spill bytes. Weight loads are those marked evict_first; wide ones
+    bring 16 bytes per lane or more.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

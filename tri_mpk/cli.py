@@ -7,129 +7,29 @@ input or unsupported model or device, 130 interrupted. torch and transformers ar
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from tri_mpk.errors import MegakernelTimeout, TriMpkError, WorkerDiedError
+from tri_mpk.terminal import (
+    DEFAULT_NEW_TOKENS,
+    Commands,
+    ManyValues,
+    kib,
+    new_token_limit,
+    note,
+    print_table,
+    spinner,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
     from tri_mpk.model import CausalLM
     from tri_mpk.program import Program
-
-RUNTIME_FAILURES = (MegakernelTimeout, WorkerDiedError)
-DEFAULT_NEW_TOKENS = 256
-CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this."
-
-
-# ---- errors and output ----
-
-
-def debugging() -> bool:
-    return os.environ.get("TRI_MPK_DEBUG", "0") != "0"
-
-
-def report(error: BaseException) -> int:
-    """Prints an error as one line and returns the exit code."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    expected = isinstance(error, (TriMpkError, ValueError, NotImplementedError, OSError))
-    if not expected:
-        message = f"{type(error).__name__}: {message} (TRI_MPK_DEBUG=1 shows the traceback)"
-    print(f"tri-mpk: error: {message}", file=sys.stderr)
-    return 2 if expected and not isinstance(error, RUNTIME_FAILURES) else 1
-
-
-class Commands(TyperGroup):
-    """Errors become one line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # `tri-mpk inspect ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except Exception as error:
-            # typer reports usage errors and exits itself
-            if debugging() or type(error).__module__.startswith("typer"):
-                raise
-            raise typer.Exit(report(error)) from None
-
-
-class ManyValues(TyperCommand):
-    """`--context 64 512 4096`, `--context 64,512` and `--context 64 --context 512` all work."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        expanded, taking = [], False
-        for arg in args:
-            name, equals, value = arg.partition("=")
-            if name == "--context":
-                taking = True
-                values = value if equals else ""
-            elif taking and arg.replace(",", "").isdigit():
-                values = arg
-            else:
-                taking, values = False, ""
-                expanded.append(arg)
-            expanded += [f"--context={part}" for part in values.split(",") if part]
-        return super().parse_args(ctx, expanded)
-
-
-def console(stderr: bool = False) -> Console:
-    """Colours and borders on a terminal (NO_COLOR is respected), plain wide text in a pipe."""
-    from rich.console import Console
-
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if terminal else 160, highlight=False)
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def spinner(text: str, progress: bool) -> Iterator[None]:
-    if not progress or not sys.stderr.isatty():
-        yield
-        return
-    with console(stderr=True).status(text):
-        yield
-
-
-def print_table(columns: dict[str, str], rows: list[dict[str, object]]) -> None:
-    """`columns`: key of the row -> heading. Text is set flush left, numbers flush right."""
-    from rich import box
-    from rich.table import Table
-
-    out = console()
-    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
-    for key, heading in columns.items():
-        left = all(isinstance(row.get(key), str) for row in rows) and key in ("op", "name", "what")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row.get(key)) for key in columns))
-    out.print(table)
-
-
-def cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def kib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**10:,.1f}"
 
 
 # ---- options that commands share ----
@@ -238,10 +138,6 @@ def greedy_parameters(config: GenerationConfig) -> dict[str, object]:
     return {name: NEUTRAL_VALUES[name][-1] for name in asked}
 
 
-def new_token_limit(asked: int | None, model: CausalLM, num_prompt: int) -> int:
-    return asked or max(1, min(DEFAULT_NEW_TOKENS, model.max_seq_len - num_prompt))
-
-
 def read_prompt(prompt: str | None) -> str:
     if prompt not in (None, "-"):
         return prompt
@@ -342,6 +238,7 @@ def chat(
     """
     from transformers import AutoTokenizer
 
+    from tri_mpk.chat import converse
     from tri_mpk.inspect import load_config
 
     hub = hub_options(revision, cache_dir, local_files_only)
@@ -355,66 +252,7 @@ def chat(
     parameters = greedy_parameters(lm.generation_config)
     if eos_token_id:
         parameters["eos_token_id"] = list(eos_token_id)
-    start = [{"role": "system", "content": system}] if system else []
-    note(CHAT_HELP)
-    history = list(start)
-    while (line := read_line()) is not None:
-        if line == "/exit":
-            break
-        if line == "/reset":
-            history = list(start)
-        elif line.startswith("/"):
-            note(CHAT_HELP)
-        elif line:
-            history.append({"role": "user", "content": line})
-            try:
-                text = answer(lm, tokenizer, history, max_new_tokens, parameters)
-                history.append({"role": "assistant", "content": text})
-            except (ValueError, MegakernelTimeout) as error:
-                report(error)
-                history.pop()
-                note("the last message is forgotten; /reset starts afresh")
-
-
-def read_line() -> str | None:
-    """A line of the user, None at the end of input; Ctrl-C empties it."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 - input() then has a history and can be edited
-    while True:
-        try:
-            return input("> " if sys.stdin.isatty() else "").strip()
-        except KeyboardInterrupt:
-            note("\n/exit or Ctrl-D leaves")
-        except EOFError:
-            return None
-
-
-def answer(
-    lm: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    history: list[dict[str, str]],
-    max_new_tokens: int | None,
-    parameters: dict[str, object],
-) -> str:
-    """Streams the next message; Ctrl-C ends it early and keeps what there is."""
-    from transformers import TextStreamer
-
-    class Recorder(TextStreamer):
-        def put(self, value: Any) -> None:
-            super().put(value)
-            if value.dim() == 1:  # the prompt comes as [1, length], each new token as [1]
-                tokens.extend(value.tolist())
-
-    tokens: list[int] = []
-    prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    input_ids = prompt["input_ids"].long()
-    streamer = Recorder(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    limit = new_token_limit(max_new_tokens, lm, input_ids.shape[1])
-    try:
-        lm.generate(input_ids, max_new_tokens=limit, streamer=streamer, **parameters)
-    except KeyboardInterrupt:
-        print(" ...", flush=True)
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    converse(lm, tokenizer, system, max_new_tokens, parameters)
 
 
 # ---- inspect, compile, bench ----

@@ -158,7 +158,7 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
 def attention_coverage(program: Program, context: int) -> dict[str, float | int]:
     """How many workers have some of the KV cache to read when the new token is number `context` of its sequence.
 
-    A split without a block of older tokens is empty, but the last one always has the new token. The least over all layers.
+    A split without a block of older tokens is empty, but the last one has the new token. The least over all layers.
     """
     if context < 1:
         raise ValueError(f"context={context} must be at least 1, the new token itself")
@@ -225,7 +225,8 @@ def inspect_program(program: Program, context: int, per_layer: bool = False) -> 
 def dot(program: Program, layer: int | None = None) -> str:
     """Ops (boxes) and the events between them (ellipses) as a Graphviz digraph; of one layer, or of the whole graph.
 
-    An ellipse says how many signals each of its events takes per step. Events between the same ops share an ellipse. Dashed ops belong to other layers.
+    Events between the same ops share an ellipse, which says how many signals each takes per step. Dashed ops belong to
+    other layers.
     """
     graph, events = program.graph, program.events.events
     layers = [split_label(label)[0] for label in graph.ops]
