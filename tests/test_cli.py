@@ -175,6 +175,63 @@ def test_generate_on_a_cpu():
     assert "per second" not in streamed.stderr
 
 
+class FakeModel:
+    """Answers with one known token per call; "stop" is interrupted after it, "fail" is refused."""
+
+    max_seq_len = 512
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.prompts = tokenizer, []
+
+    def generate(self, input_ids, *, max_new_tokens: int, streamer, **parameters: object) -> None:
+        import torch
+
+        assert parameters == {"do_sample": False} and max_new_tokens == 256
+        self.prompts.append(self.tokenizer.decode(input_ids[0]))
+        if self.prompts[-1].endswith("fail;"):
+            raise ValueError("too long")
+        streamer.put(input_ids)
+        streamer.put(torch.tensor(self.tokenizer("A")["input_ids"][:1]))
+        if self.prompts[-1].endswith("stop;"):
+            raise KeyboardInterrupt
+        streamer.end()
+
+
+def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    from transformers import AutoTokenizer
+
+    from tri_mpk import chat
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    lines = iter(["", "one", "/help", "stop", "fail", "two", "/reset", "three", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    model = FakeModel(tokenizer)
+    chat.converse(model, tokenizer, "S", None, {"do_sample": False})
+    before = "s:S;u:one;a:A;"
+    assert model.prompts == [
+        "s:S;u:one;",
+        f"{before}u:stop;",
+        f"{before}u:stop;a:A;u:fail;",
+        f"{before}u:stop;a:A;u:two;",
+        "s:S;u:three;",
+    ]
+    out, err = capsys.readouterr()
+    assert out.count("A") == 4 and "tri-mpk: error: too long" in err and err.count(chat.HELP) == 2
+
+
+def test_sampling_defaults_are_neutralised_and_named(capsys: pytest.CaptureFixture):
+    from transformers import GenerationConfig
+
+    from tri_mpk.cli import greedy_parameters
+
+    assert greedy_parameters(GenerationConfig(repetition_penalty=1.0)) == {}
+    assert capsys.readouterr().err == ""
+    asked = GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=1.1)
+    assert greedy_parameters(asked) == {"do_sample": False, "repetition_penalty": 1.0}
+    assert "do_sample=True, repetition_penalty=1.1" in capsys.readouterr().err
+
+
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m tri_mpk inspect {TINY} --num-workers 8 --all | head -n 1"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -41,9 +41,12 @@ def parse_target(target: str) -> GPUTarget:
 
 
 def check_compiler() -> None:
-    """DeviceError where Triton cannot compile: decorated functions are then bound to its interpreter."""
+    """DeviceError where Triton cannot compile: its functions are then bound to its interpreter."""
     if triton.knobs.runtime.interpret:
-        raise DeviceError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it and start again")
+        raise DeviceError(
+            "TRITON_INTERPRET is set, so that kernels can be neither planned nor compiled here; unset it and start again"
+            " (on a CPU the worker processes set it for themselves)"
+        )
 
 
 def kernel_source(source_path: Path) -> ASTSource:

@@ -84,5 +84,5 @@ def answer(
     try:
         lm.generate(input_ids, max_new_tokens=limit, streamer=streamer, **parameters)
     except KeyboardInterrupt:
-        print(" ...", flush=True)
+        streamer.end()  # it holds back the last word until that is complete
     return tokenizer.decode(streamer.tokens, skip_special_tokens=True)

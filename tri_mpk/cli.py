@@ -113,8 +113,10 @@ def load(
     from transformers.utils import logging
 
     import tri_mpk
+    from tri_mpk.aot import check_compiler
     from tri_mpk.inspect import load_config
 
+    check_compiler()
     if not progress:
         logging.disable_progress_bar()
     load_config(name, **hub)  # says most clearly what is wrong with a name
@@ -264,12 +266,14 @@ def planned(
     """The program for a model's GPU form, and what it was planned for."""
     import torch
 
+    from tri_mpk.aot import check_compiler
     from tri_mpk.geometries import geometry as named_geometry
     from tri_mpk.inspect import H100_NUM_WORKERS, load_config, plan_config
     from tri_mpk.loading import resolve_dtype, resolve_max_seq_len
     from tri_mpk.models import describe
     from tri_mpk.persistent_kernel import default_num_workers
 
+    check_compiler()
     if (model is None) == (geometry is None):
         raise ValueError("give either MODEL or --geometry NAME")
     config: PreTrainedConfig = named_geometry(geometry) if geometry else load_config(model)
@@ -350,7 +354,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         )
     attention = facts["attention"]
     print(f"{facts['model']}: {facts['dtype']}, max_seq_len {facts['max_seq_len']}, {facts['num_workers']} workers")
-    print_table(columns, rows)
+    print_table(columns, rows, wide_only="name")
     print("KiB: of one call, busiest worker and mean over all workers; the most uneven call of each row")
     print(
         f"step       {facts['tasks']} tasks, {facts['events']} events, {facts['variants']} variants,"
@@ -386,10 +390,9 @@ def compile_kernel(
     """
     import torch
 
-    from tri_mpk.aot import DEFAULT_TARGET, check_compiler, compile_report, parse_target
+    from tri_mpk.aot import DEFAULT_TARGET, compile_report, parse_target
     from tri_mpk.generator import write_source
 
-    check_compiler()
     if target is None and torch.cuda.is_available():
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     target = target or DEFAULT_TARGET

@@ -100,13 +100,15 @@ def spinner(text: str, progress: bool) -> Iterator[None]:
         yield
 
 
-def print_table(columns: dict[str, str], rows: list[dict[str, object]]) -> None:
-    """`columns`: key of the row -> heading. Text is set flush left, numbers flush right."""
+def print_table(columns: dict[str, str], rows: list[dict[str, object]], wide_only: str = "") -> None:
+    """`columns`: key of the row -> heading. On a narrow terminal the column `wide_only` is left out."""
     from rich import box
     from rich.table import Table
 
     out = console()
-    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, padding=(0, 1, 0, 0))
+    if out.width < 110:
+        columns = {key: heading for key, heading in columns.items() if key != wide_only}
     for key, heading in columns.items():
         left = all(isinstance(row.get(key), str) for row in rows) and key in ("op", "name", "what")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
