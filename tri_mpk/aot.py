@@ -44,7 +44,7 @@ def check_compiler() -> None:
     """DeviceError where Triton cannot compile: its functions are then bound to its interpreter."""
     if triton.knobs.runtime.interpret:
         raise DeviceError(
-            "TRITON_INTERPRET is set, so that kernels can be neither planned nor compiled here; unset it and start again"
+            "TRITON_INTERPRET is set, so kernels can be neither planned nor compiled here; unset it and start again"
             " (on a CPU the worker processes set it for themselves)"
         )
 
