@@ -3,10 +3,10 @@
     python demos/demo.py            # about a minute and a half on two CPU cores, seconds on a GPU
     python demos/demo.py --prompt "Shall I compare thee" --max-new-tokens 20
 
-The model is demos/tiny, which recites texts it was trained on. Equal tokens alone would be a weak proof: its margins are
-so wide that it recites even with a broken KV cache. So the logits are compared as well: those of the last step, to which
-every earlier one contributes through the cache, come from the very launch that wrote the text; those of all steps (on a
-CPU: of the first ones, to save time) come from a second launch.
+The model is demos/tiny, which recites texts it was trained on. Equal tokens alone would be a weak proof: its margins
+are so wide that it recites even with a broken KV cache. So the logits are compared as well: those of the last step, to
+which every earlier one contributes through the cache, come from the very launch that wrote the text; those of all steps
+(on a CPU: of the first ones, to save time) come from a second launch.
 """
 
 from __future__ import annotations
