@@ -1,4 +1,4 @@
-"""`tri_mpk.ops` and `tri_mpk.scheduler` are found from a checkout, an editable install and a wheel. Nothing is downloaded."""
+"""`tri_mpk.ops` and `tri_mpk.scheduler` are found from a checkout, an editable install and a wheel, without a download."""
 
 import importlib.metadata
 import os
