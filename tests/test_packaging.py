@@ -1,4 +1,4 @@
-"""`tri_mpk.ops` and `tri_mpk.scheduler` are found from a checkout, an editable install and a wheel, without a download."""
+"""The package works from a checkout, as an editable install and as a wheel, without any download."""
 
 import importlib.metadata
 import os
