@@ -2,10 +2,16 @@
 # Override on the command line, e.g. `make test PYTHON=python3.12` or `make demo ARGS="--prompt 'Call me'"`.
 
 VENV ?= .venv
-# torch 2.11 is the CUDA build that goes with Triton 3.6. Both are pinned: pip would otherwise fetch newer ones.
-TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 2.11.0 || echo 2.13.0)
+# Pinned, or pip would fetch newer ones. torch 2.11 is the CUDA build that goes with Triton 3.6. Without a GPU the much
+# smaller CPU build of torch 2.13 is preferred, if pip can see it (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+TORCH_CUDA = 2.11.0
+TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo $(TORCH_CUDA) || echo 2.13.0)
 TRITON ?= 3.6.0
-PINS = "torch==$(TORCH)" "triton==$(TRITON)" "numpy<2.4"
+WITH_TORCH = "triton==$(TRITON)" "numpy<2.4"
+ifeq ($(origin TORCH),file)
+OR_ELSE = || { echo "make: no torch $(TORCH) that goes with Triton $(TRITON) was found; taking torch $(TORCH_CUDA)" >&2; \
+	$(PIP) install --quiet "torch==$(TORCH_CUDA)" $(WITH_TORCH); }
+endif
 PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
 # The interpreter that runs everything. `make test PY=python3` uses one that has all packages, and installs nothing.
 PY ?= $(VENV)/bin/python
@@ -51,9 +57,9 @@ $(VENV)/.torch-$(TORCH)-$(TRITON):
 		|| { echo "make: $(PYTHON) lacks venv or ensurepip; install them (Debian, Ubuntu: the package python3-venv)" \
 		"or name another Python with PYTHON=/path/to/python3" >&2; exit 1; }
 	"$(PYTHON)" -m venv --clear "$(VENV)"
-	$(PIP) install --quiet $(PINS)
+	$(PIP) install --quiet "torch==$(TORCH)" $(WITH_TORCH) $(OR_ELSE)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch-$(TORCH)-$(TRITON) pyproject.toml
-	$(PIP) install --quiet $(PINS) -e ".[test]"
+	$(PIP) install --quiet -e ".[test]"
 	touch $@
