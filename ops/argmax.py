@@ -19,7 +19,6 @@ from tri_mpk.scheduler.device import (
     CONTROL_NUM_EOS,
     CONTROL_NUM_KNOWN,
     CONTROL_STOP,
-    TASK_SIGNALS,
     signal,
     wait,
 )
@@ -55,7 +54,7 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 
 @triton.jit
 def argmax_tile(
-    task, event_ptr, control_ptr, mailbox_ptr, epoch,
+    task_ptr, event_ptr, control_ptr, mailbox_ptr, epoch,
     best_value_ptr, best_index_ptr, tokens_ptr, step_ptr,  # in, in, out, in and out
     NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +64,7 @@ def argmax_tile(
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, volatile=True) != 0  # travels over the bus while we wait
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     step = tl.load(step_ptr)
     value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
     index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
@@ -81,7 +79,7 @@ def argmax_tile(
     tl.store(step_ptr, step + 1)
     tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
-    signal(signals, event_ptr, PORTABLE)
+    signal(task_ptr, event_ptr, PORTABLE)
 
 
 def cut_argmax(

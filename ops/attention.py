@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
@@ -43,7 +43,7 @@ def load_head(
 
 @triton.jit
 def attention_tile(
-    task, event_ptr, control_ptr, epoch,
+    task_ptr, event_ptr, control_ptr, epoch,
     qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr, step_ptr,  # in
     k_cache_ptr, v_cache_ptr,  # in and out
     acc_ptr, max_ptr, sum_ptr,  # out
@@ -62,8 +62,7 @@ def attention_tile(
     is_last = split == NUM_SPLITS - 1
     cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
     sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
         q = load_head(
             qkv_ptr, q_gain_ptr, cos_row, sin_row, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH, NORM, EPS
@@ -89,10 +88,10 @@ def attention_tile(
             position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
             page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE).to(tl.int64)
             base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH
-            offsets = tl.arange(0, BLOCK_KV)[:, None] * DH + d
+            offsets = base + tl.arange(0, BLOCK_KV)[:, None] * DH + d
             mask = (position < step)[:, None] & d_mask
-            k = tl.load(k_cache_ptr + base + offsets, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + base + offsets, mask=mask, other=0.0)
+            k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = tl.where((position < step)[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -106,7 +105,7 @@ def attention_tile(
         tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
         tl.store(max_ptr + head, m, mask=h < GROUP)
         tl.store(sum_ptr + head, l, mask=h < GROUP)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task_ptr, event_ptr, PORTABLE)
 
 
 def choose_splits(num_kv_heads: int, num_workers: int) -> int:

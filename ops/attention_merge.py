@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
 @triton.jit
 def attention_merge_tile(
-    task, event_ptr, control_ptr, epoch,
+    task_ptr, event_ptr, control_ptr, epoch,
     acc_ptr, max_ptr, sum_ptr, step_ptr, out_ptr,  # in, in, in, in, out
     head,
     H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
@@ -29,8 +29,7 @@ def attention_merge_tile(
     num_blocks = (tl.load(step_ptr) + BLOCK_KV - 1) // BLOCK_KV
     has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
     mask = (split < NUM_SPLITS) & (has_tokens | (split == NUM_SPLITS - 1))
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     m = tl.load(max_ptr + split * H + head, mask=mask, other=float("-inf"))
     weight = tl.exp2(m - tl.max(m, axis=0))
     total = tl.sum(weight * tl.load(sum_ptr + split * H + head, mask=mask, other=0.0), axis=0)
@@ -39,7 +38,7 @@ def attention_merge_tile(
     )
     out = tl.sum(acc * (weight / total)[:, None], axis=0)
     tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task_ptr, event_ptr, PORTABLE)
 
 
 def cut_attention_merge(

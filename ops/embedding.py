@@ -11,26 +11,25 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges, next_power_of_2
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
 @triton.jit
 def embedding_tile(
-    task, event_ptr, control_ptr, epoch,
+    task_ptr, event_ptr, control_ptr, epoch,
     tokens_ptr, step_ptr, table_ptr, y_ptr,  # in, in, in, out
     col0, num_cols,
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     token = tl.load(tokens_ptr + tl.load(step_ptr))
     token = tl.minimum(tl.maximum(token, 0), V - 1)  # after an abort anything may stand there
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_cols
     y = tl.load(table_ptr + token * D + col0 + cols, mask=mask, other=0.0)
     tl.store(y_ptr + col0 + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task_ptr, event_ptr, PORTABLE)
 
 
 def cut_embedding(

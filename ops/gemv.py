@@ -45,25 +45,18 @@ def load_stage(
 
 
 @triton.jit
-def load_next_words(task_ptr):
-    """Where the worker's next weights are; loaded before the wait, used after the signal.
-
-    Start address | bytes from row group 0 to 1 | row stride, columns (from bit 32), rows of group 0 (48) and 1 (56).
-    """
-    return (tl.load(task_ptr + TASK_NEXT), tl.load(task_ptr + TASK_NEXT + 1), tl.load(task_ptr + TASK_NEXT + 2))
-
-
-@triton.jit
 def load_next(
-    words,
+    task_ptr,
     WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The first two stages of the weights that this worker reads next."""
-    start, group_stride, packed = words
-    row_stride = packed.to(tl.int32)
-    cols = (packed >> 32).to(tl.int32) & 0xFFFF
-    rows0 = (packed >> 48).to(tl.int32) & 0xFF
-    rows1 = (packed >> 56).to(tl.int32)
+    """The first two stages of the weights that this worker reads after the given task."""
+    start = tl.load(task_ptr + TASK_NEXT)
+    row_stride = tl.load(task_ptr + TASK_NEXT + 1).to(tl.int32)
+    group_stride = tl.load(task_ptr + TASK_NEXT + 2)
+    rows = tl.load(task_ptr + TASK_NEXT + 3)
+    cols = tl.load(task_ptr + TASK_NEXT + 4).to(tl.int32)
+    rows0 = rows.to(tl.int32)
+    rows1 = (rows >> 32).to(tl.int32)
     stage_bytes: tl.constexpr = 2 * BLOCK_K * WEIGHT.primitive_bitwidth // 8
     a = load_stage(start, row_stride, group_stride, rows0, rows1, cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
     b = load_stage(
@@ -75,12 +68,18 @@ def load_next(
 @triton.jit
 def load_activations(
     x_ptr, gain_ptr, col,
-    K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x[col : col + BLOCK_K] in fp32, the same in all BLOCK_N rows, and its product with the gain of the norm."""
+    """x[col : col + BLOCK_K] in fp32, the same in all BLOCK_N rows, and its product with the gain of the norm.
+
+    A residual stream comes in PARTS parts (those of a split K), which are added here in their order.
+    """
     cols = col + tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
     mask = cols < K
     x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + part * PART_STRIDE + cols, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         return x, x * tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -90,13 +89,14 @@ def load_activations(
 @triton.jit
 def dot_stage(
     acc0, acc1, squares, stage, x_ptr, gain_ptr, col,
-    K: tl.constexpr, GROUP_COLS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     for half in tl.static_range(2):
-        x, scaled = load_activations(x_ptr, gain_ptr, col + half * BLOCK_K, K, NORM, BLOCK_N, BLOCK_K)
+        x, scaled = load_activations(
+            x_ptr, gain_ptr, col + half * BLOCK_K, K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K
+        )
         acc0 += stage[2 * half].to(tl.float32) * scaled
-        if GROUP_COLS > 0:
-            x, scaled = load_activations(x_ptr + GROUP_COLS, gain_ptr, col + half * BLOCK_K, K, NORM, BLOCK_N, BLOCK_K)
         acc1 += stage[2 * half + 1].to(tl.float32) * scaled
         if NORM:
             squares += x * x
@@ -106,13 +106,13 @@ def dot_stage(
 @triton.jit
 def dot_row_block(
     carry, x_ptr, gain_ptr, weight_addr, group_stride, block, num_rows,
-    K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLS: tl.constexpr, NORM: tl.constexpr,
+    K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Dot products of row block `block` with x: two vectors [BLOCK_N], one per row group, and sum(x^2) in every row.
 
-    Row group 1 lies `group_stride` bytes after group 0: the next GROUP_ROWS rows of the matrix; or the same rows of
-    another one (gate, up); or, for few rows, the same rows GROUP_COLS columns on. K columns are of one group.
+    Row group 1 lies GROUP_ROWS rows below group 0 (linear) or in another matrix altogether (GROUP_ROWS = 0: gate, up).
     `carry` holds the first two stages of this block and is returned with those of the task's next one.
     """
     a, b = carry
@@ -125,21 +125,22 @@ def dot_row_block(
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for stage in tl.range(0, num_stages, 2, num_stages=1):
         last = stage + 2 >= num_stages
-        col = stage * stage_cols
-        next_col = tl.where(last, 0, col + 2 * stage_cols)
+        next_col = tl.where(last, 0, (stage + 2) * stage_cols)
         next_block = tl.where(last, block + 1, block)
         rows0 = num_rows - next_block * block_rows
         rows1 = rows0 - GROUP_ROWS
         start = weight_addr + (next_block * block_rows).to(tl.int64) * (ROW_STRIDE * elem_bytes) + next_col * elem_bytes
         cols = K - next_col
         acc0, acc1, squares = dot_stage(
-            acc0, acc1, squares, a, x_ptr, gain_ptr, col, K, GROUP_COLS, NORM, BLOCK_N, BLOCK_K
+            acc0, acc1, squares, a, x_ptr, gain_ptr, stage * stage_cols, K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K
         )
         a = load_stage(start, ROW_STRIDE, group_stride, rows0, rows1, cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
         acc0, acc1, squares = dot_stage(
-            acc0, acc1, squares, b, x_ptr, gain_ptr, col + stage_cols, K, GROUP_COLS, NORM, BLOCK_N, BLOCK_K
-        )
+            acc0, acc1, squares, b, x_ptr, gain_ptr, (stage + 1) * stage_cols,
+            K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         start += stage_cols * elem_bytes
-        cols -= stage_cols
-        b = load_stage(start, ROW_STRIDE, group_stride, rows0, rows1, cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+        b = load_stage(
+            start, ROW_STRIDE, group_stride, rows0, rows1, cols - stage_cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K
+        )
     return (a, b), tl.sum(acc0, axis=1), tl.sum(acc1, axis=1), tl.sum(squares, axis=1)

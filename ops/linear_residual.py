@@ -1,9 +1,13 @@
 """A linear layer and the residual stream: y = residual + W @ x (+ bias).
 
-x [K] read | W [N, K] read | bias [N] read | residual [N] fp32 read | y [N] fp32 written | arithmetic in fp32
-One task = consecutive rows. A stage holds two groups of BLOCK_N rows; where a worker gets no more than BLOCK_N rows, the
-second group is the second half of their columns instead, so that as many bytes are in flight.
-Source: transformers LlamaDecoderLayer, nn.Linear; fp32 residual stream.
+x [K] read | W [N, K] read | bias [N] read | residual [N] fp32 in parts read | y [N] fp32 in parts written
+Where N is too small to give every worker a full tile of rows, K is split: part 0 of y is the residual plus the first
+part's dot products, every further part only its own; whoever reads y adds the parts up, always in the same order.
+One task = consecutive rows of one part of K. Source: transformers LlamaDecoderLayer, nn.Linear; fp32 residual stream.
+
+Three parts over four workers, 8 rows: the 24 (part, row) pairs are dealt out evenly, in this order.
+
+    worker 0: part 0 rows 0-5 | worker 1: part 0 rows 6-7, part 1 rows 0-3 | worker 2: part 1 rows 4-7, part 2 rows 0-1 | ...
 """
 
 from __future__ import annotations
@@ -12,48 +16,61 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next, load_next_words
+from tri_mpk.ops.gemv import dot_row_block, load_next
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
 @triton.jit
 def linear_residual_tile(
-    task, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, carry,
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
-    row0, num_rows,
-    K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    row0, num_rows, part,
+    N: tl.constexpr, K_PART: tl.constexpr, ROW_STRIDE: tl.constexpr, RESIDUAL_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    K_GROUP: tl.constexpr = K // SPLIT_K
-    GROUP_COLS: tl.constexpr = K_GROUP if SPLIT_K == 2 else 0
-    GROUP_ROWS: tl.constexpr = BLOCK_N if SPLIT_K == 1 else 0
-    group_stride: tl.constexpr = (K_GROUP if SPLIT_K == 2 else BLOCK_N * K) * (WEIGHT.primitive_bitwidth // 8)
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    next_words = load_next_words(task[0])
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    for block in tl.range(0, (num_rows + BLOCK_N + GROUP_ROWS - 1) // (BLOCK_N + GROUP_ROWS), num_stages=1):
-        row = block * (BLOCK_N + GROUP_ROWS) + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_N)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
+        row = block * 2 * BLOCK_N + rows
         mask0 = row < num_rows
-        mask1 = row + GROUP_ROWS < num_rows
-        base0 = tl.load(residual_ptr + row0 + row, mask=mask0, other=0.0)
-        base1 = tl.load(residual_ptr + row0 + row + GROUP_ROWS, mask=mask1, other=0.0)
+        mask1 = row + BLOCK_N < num_rows
+        adds0 = mask0 & (part == 0)
+        adds1 = mask1 & (part == 0)
+        base0 = tl.zeros([BLOCK_N], tl.float32)
+        base1 = tl.zeros([BLOCK_N], tl.float32)
+        for residual_part in tl.static_range(RESIDUAL_PARTS):
+            ptr = residual_ptr + residual_part * N + row0 + row
+            base0 += tl.load(ptr, mask=adds0, other=0.0)
+            base1 += tl.load(ptr + BLOCK_N, mask=adds1, other=0.0)
         if HAS_BIAS:
-            base0 += tl.load(bias_ptr + row0 + row, mask=mask0, other=0.0).to(tl.float32)
-            base1 += tl.load(bias_ptr + row0 + row + GROUP_ROWS, mask=mask1, other=0.0).to(tl.float32)
+            base0 += tl.load(bias_ptr + row0 + row, mask=adds0, other=0.0).to(tl.float32)
+            base1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=adds1, other=0.0).to(tl.float32)
         carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr, x_ptr, weight_addr, group_stride, block, num_rows,
-            K_GROUP, K, GROUP_ROWS, GROUP_COLS, False, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+            carry, x_ptr + part * K_PART, x_ptr, weight_addr, BLOCK_N * ROW_STRIDE * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            K_PART, ROW_STRIDE, BLOCK_N, 1, 0, False, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if SPLIT_K == 2:
-            tl.store(y_ptr + row0 + row, base0 + (y0 + y1), mask=mask0)
-        else:
-            tl.store(y_ptr + row0 + row, base0 + y0, mask=mask0)
-            tl.store(y_ptr + row0 + row + BLOCK_N, base1 + y1, mask=mask1)
-    signal(signals, event_ptr, PORTABLE)
-    return load_next(next_words, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+        ptr = y_ptr + part * N + row0 + row
+        tl.store(ptr, base0 + y0, mask=mask0)
+        tl.store(ptr + BLOCK_N, base1 + y1, mask=mask1)
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+
+
+def choose_split_k(num_rows: int, k: int, machine: Machine) -> int:
+    """As many parts as fill a worker's tile of rows, as long as a part keeps a whole stage of columns."""
+    split_k = 1
+    while (
+        num_rows * split_k * 2 <= machine.num_workers * 2 * machine.block_n
+        and k // (split_k * 2) >= 2 * machine.block_k
+        and k % (split_k * 2 * machine.align) == 0
+        and split_k < 8
+    ):
+        split_k *= 2
+    return split_k
 
 
 def cut_linear_residual(
@@ -67,34 +84,47 @@ def cut_linear_residual(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight.dims
-    num_tasks = min(num_rows, grid_dim or machine.num_workers)
-    split_k = 2 if num_rows <= num_tasks * machine.block_n and k % (2 * machine.align) == 0 else 1
+    output.parts = split_k = choose_split_k(num_rows, k, machine)
+    k_part = k // split_k
     cut = Cut(
-        {"K": k, "SPLIT_K": split_k, "HAS_BIAS": bias is not None},
+        {
+            "N": num_rows,
+            "K_PART": k_part,
+            "ROW_STRIDE": k,
+            "RESIDUAL_PARTS": residual.parts,
+            "HAS_BIAS": bias is not None,
+        },
         {"x_ptr": input, "bias_ptr": bias or input, "residual_ptr": residual, "y_ptr": output},
     )
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
-        stream = linear_stream(weight, lo, hi, machine, split_k)
-        reads = (input.whole(), residual.span(lo, hi), weight.span(lo * k, hi * k))
-        cut.tasks.append(
-            Task(
-                op=0,
-                tile=(i,),
-                reads=reads + ((bias.span(lo, hi),) if bias else ()),
-                writes=(output.span(lo, hi),),
-                cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields={
-                    "x_ptr": Address(input.name),
-                    "weight_addr": stream.start,
-                    "bias_ptr": Address((bias or input).name),
-                    "residual_ptr": Address(residual.name),
-                    "y_ptr": Address(output.name),
-                    "row0": lo,
-                    "num_rows": hi - lo,
-                },
-                stream=stream,
+    for lo, hi in even_ranges(num_rows * split_k, min(num_rows, grid_dim or machine.num_workers)):
+        for part in range(lo // num_rows, -(-hi // num_rows)):
+            row_lo = max(lo - part * num_rows, 0)
+            row_hi = min(hi - part * num_rows, num_rows)
+            stream = linear_stream(weight, row_lo, row_hi, machine, part * k_part, k_part)
+            reads = [input.span(part * k_part, (part + 1) * k_part), weight.span(row_lo * k, row_hi * k)]
+            if part == 0:
+                reads += [residual.box((0, residual.parts), (row_lo, row_hi))]
+                reads += [bias.span(row_lo, row_hi)] if bias else []
+            cut.tasks.append(
+                Task(
+                    op=0,
+                    tile=(part, row_lo),
+                    reads=tuple(reads),
+                    writes=(output.span(row_lo, row_hi, part),),
+                    cost_bytes=(row_hi - row_lo) * k_part * weight.dtype.itemsize,
+                    fields={
+                        "x_ptr": Address(input.name),
+                        "weight_addr": stream.start,
+                        "bias_ptr": Address((bias or input).name),
+                        "residual_ptr": Address(residual.name),
+                        "y_ptr": Address(output.name),
+                        "row0": row_lo,
+                        "num_rows": row_hi - row_lo,
+                        "part": part,
+                    },
+                    stream=stream,
+                )
             )
-        )
     return cut
 
 

@@ -1,6 +1,6 @@
 """Final RMSNorm, language model head and the first half of argmax: logits = W @ (x_hat * gain).
 
-x [D] fp32 read | gain [D] read | W [V, D] read | logits [V] fp32 written | best value, index [num_tasks] written
+x [D] fp32 in parts read | gain [D] read | W [V, D] read | logits [V] fp32 written | best value, index [num_tasks] written
 One task = consecutive rows of the vocabulary; it also leaves its largest logit and that logit's index (the lowest one on
 a tie). Positions before CONTROL_LOGITS_FROM (the prompt) need no logits: their tasks only signal.
 Source: transformers LlamaForCausalLM.
@@ -12,19 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next, load_next_words
+from tri_mpk.ops.gemv import dot_row_block, load_next
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
-from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
 @triton.jit
 def lm_head_tile(
-    task, event_ptr, control_ptr, logits_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, carry,
     x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
-    part, row0, num_rows,
-    D: tl.constexpr, EPS: tl.constexpr,
+    task, row0, num_rows,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
     PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
@@ -33,14 +33,12 @@ def lm_head_tile(
     step = tl.load(step_ptr)
     wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    next_words = load_next_words(task[0])
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     num_blocks = tl.where(wanted, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), 0)
     for block in tl.range(0, num_blocks, num_stages=1):
         carry, y0, y1, squares = dot_row_block(
             carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, 0, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rstd = tl.rsqrt(squares / D + EPS)
         y0 *= rstd
@@ -55,10 +53,10 @@ def lm_head_tile(
         best_row = tl.where(mask1 & (y1 > best), row + BLOCK_N, best_row)
         best = tl.where(mask1 & (y1 > best), y1, best)
     value = tl.max(best, axis=0)
-    tl.store(best_value_ptr + part, value)
-    tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
-    signal(signals, event_ptr, PORTABLE)
-    return load_next(next_words, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    tl.store(best_value_ptr + task, value)
+    tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
 
 
 def cut_lm_head(
@@ -75,7 +73,7 @@ def cut_lm_head(
 ) -> Cut:
     vocab_size, hidden_size = weight_linear.dims
     cut = Cut(
-        {"D": hidden_size, "EPS": eps},
+        {"D": hidden_size, "PARTS": input.parts, "EPS": eps},
         {
             "x_ptr": input,
             "gain_ptr": weight_norm,
@@ -101,7 +99,7 @@ def cut_lm_head(
                     "step_ptr": Address(step.name),
                     "best_value_ptr": Address(best_value.name),
                     "best_index_ptr": Address(best_index.name),
-                    "part": i,
+                    "task": i,
                     "row0": lo,
                     "num_rows": hi - lo,
                 },

@@ -18,30 +18,31 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.scheduler.graph import Region, Task
 
-KERNEL_PARAMETERS = ("task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "carry")
+KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "carry")
 MACHINE_CONSTANTS = ("PORTABLE", "WEIGHT", "ALIGN", "BLOCK_N", "BLOCK_K")
 
 
 @dataclass(slots=True, eq=False)
 class TensorHandle:
-    """A tensor of the model graph."""
+    """A tensor of the model graph. `parts` copies of `dims`, to be added up, when its producer splits K."""
 
     name: str
     dims: tuple[int, ...]
     dtype: torch.dtype
     data: torch.Tensor | None = None  # attached by the user; None: allocated when the kernel is compiled
     symmetric: bool = False
+    parts: int = 1
 
     @property
     def numel(self) -> int:
         return int(torch.Size(self.dims).numel())
 
-    def span(self, lo: int, hi: int) -> Region:
-        """Elements lo to hi in row-major order."""
-        return Region(self.name, ((lo, hi),))
+    def span(self, lo: int, hi: int, part: int = 0) -> Region:
+        """Elements lo to hi of one part, in row-major order."""
+        return Region(self.name, ((part, part + 1), (lo, hi)))
 
     def whole(self) -> Region:
-        return Region(self.name, ((0, self.numel),))
+        return Region(self.name, ((0, self.parts), (0, self.numel)))
 
     def box(self, *box: tuple[int, int]) -> Region:
         """A region in coordinates of the op's own; see Region."""

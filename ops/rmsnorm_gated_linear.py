@@ -1,6 +1,6 @@
 """RMSNorm and a gated linear layer: h = silu(gate) * up, gate = W_gate @ x_norm, up = W_up @ x_norm.
 
-x [D] fp32 read | gain [D] read | W_gate, W_up [N, D] read | h [N] written | arithmetic in fp32
+x [D] fp32 in parts read | gain [D] read | W_gate, W_up [N, D] read | h [N] written | arithmetic in fp32
 Row group 0 of a stage is rows of W_gate, row group 1 the same rows of W_up, so that a worker has both halves of its h.
 One task = consecutive rows of both. Source: arXiv:2002.05202 (SwiGLU); transformers LlamaMLP.
 """
@@ -11,37 +11,35 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next, load_next_words
+from tri_mpk.ops.gemv import dot_row_block, load_next
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import rmsnorm_torch
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 
 @triton.jit
 def rmsnorm_gated_linear_tile(
-    task, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, carry,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
     PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    next_words = load_next_words(task[0])
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         carry, gate, up, squares = dot_row_block(
             carry, x_ptr, gain_ptr, gate_addr, up_addr - gate_addr, block, num_rows,
-            D, D, 0, 0, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+            D, D, 0, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rstd = tl.rsqrt(squares / D + EPS)
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(signals, event_ptr, PORTABLE)
-    return load_next(next_words, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
 
 
 def cut_rmsnorm_gated_linear(
@@ -57,7 +55,7 @@ def cut_rmsnorm_gated_linear(
 ) -> Cut:
     num_rows, hidden_size = weight_gate.dims
     cut = Cut(
-        {"D": hidden_size, "EPS": eps},
+        {"D": hidden_size, "PARTS": input.parts, "EPS": eps},
         {"x_ptr": input, "gain_ptr": weight_norm, "h_ptr": output},
     )
     num_tasks = min(num_rows, grid_dim or machine.num_workers)

@@ -1,6 +1,6 @@
 """RMSNorm and a linear layer: y = W @ (x_hat * gain) + bias, x_hat = x * rsqrt(mean(x^2) + eps).
 
-x [D] fp32 read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
+x [D] fp32 in parts read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
 The norm is one scalar at the end of the dot product: y = rsqrt(mean(x^2) + eps) * (W @ (gain * x)).
 One task = consecutive rows = their share of the bytes of W. Source: arXiv:1910.07467; transformers Qwen3RMSNorm, nn.Linear.
 """
@@ -11,28 +11,26 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next, load_next_words
+from tri_mpk.ops.gemv import dot_row_block, load_next
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.scheduler.device import TASK_SIGNALS, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 
 @triton.jit
 def rmsnorm_linear_tile(
-    task, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, carry,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    signals = tl.load(task[0] + TASK_SIGNALS)
-    next_words = load_next_words(task[0])
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
         carry, y0, y1, squares = dot_row_block(
             carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, 0, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rstd = tl.rsqrt(squares / D + EPS)
         row = block * 2 * BLOCK_N + rows
@@ -43,20 +41,20 @@ def rmsnorm_linear_tile(
             y1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=row + BLOCK_N < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y0.to(y_ptr.dtype.element_ty), mask=row < num_rows)
         tl.store(y_ptr + row0 + row + BLOCK_N, y1.to(y_ptr.dtype.element_ty), mask=row + BLOCK_N < num_rows)
-    signal(signals, event_ptr, PORTABLE)
-    return load_next(next_words, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    signal(task_ptr, event_ptr, PORTABLE)
+    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
 
 
-def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine, split_k: int = 1) -> WeightStream:
-    """Rows lo to hi of a matrix [N, K]. Row group 1 is the rows after group 0 or, split, the second half of its columns."""
-    k, rows = weight.dims[1], hi - lo
+def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine, col0: int = 0, cols: int = 0) -> WeightStream:
+    """Rows lo to hi of a matrix [N, K], from column col0 on: row group 1 follows row group 0."""
+    row_stride = weight.dims[1]
     return WeightStream(
-        start=Address(weight.name, lo * k),
-        row_stride=k,
-        group_stride=(k // 2 if split_k == 2 else machine.block_n * k) * weight.dtype.itemsize,
-        rows0=rows,
-        rows1=rows if split_k == 2 else rows - machine.block_n,
-        cols=k // split_k,
+        start=Address(weight.name, lo * row_stride + col0),
+        row_stride=row_stride,
+        group_stride=machine.block_n * row_stride * weight.dtype.itemsize,
+        rows0=hi - lo,
+        rows1=hi - lo - machine.block_n,
+        cols=cols or row_stride,
     )
 
 
@@ -73,7 +71,7 @@ def cut_rmsnorm_linear(
 ) -> Cut:
     num_rows, hidden_size = weight_linear.dims
     cut = Cut(
-        {"D": hidden_size, "EPS": eps, "HAS_BIAS": bias is not None},
+        {"D": hidden_size, "PARTS": input.parts, "EPS": eps, "HAS_BIAS": bias is not None},
         {"x_ptr": input, "gain_ptr": weight_norm, "bias_ptr": bias or weight_norm, "y_ptr": output},
     )
     num_tasks = min(num_rows, grid_dim or machine.num_workers)

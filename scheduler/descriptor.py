@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .device import TASK_FIELDS, TASK_NEXT, TASK_SIGNALS, TASK_VARIANT, TASK_WAIT
+from .device import TASK_FIELDS, TASK_NEXT, TASK_SIGNALS, TASK_VARIANT, TASK_WAIT, TASK_WAIT_COUNT
 from .graph import MAX_SIGNALS, Address, Events, Schedule, TaskGraph, WeightStream
 
-NO_EVENT = 0xFFFF  # event indices have 16 bits
-NO_EVENT_WORD = (1 << 64) - 1  # four times NO_EVENT
+EVENT_STRIDE = 32  # int32 counters between two events: a 128-byte line each, so that they do not contend
+WORD_MASK = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,7 @@ def pack(
     """`field_order[variant]` lists the fields of a variant's descriptor, `itemsize[tensor]` is in bytes.
 
     A worker without tasks gets one empty record, since every worker takes part in the step event.
-    Raises ValueError when there are more events than a descriptor can name.
     """
-    if len(events.events) >= NO_EVENT:
-        raise ValueError(f"{len(events.events)} events do not fit a task descriptor (below {NO_EVENT}); use fewer layers")
     num_records = sum(max(1, len(queue)) for queue in schedule.queues)
     words = np.zeros((num_records, task_words), dtype=np.int64)
     starts = np.zeros(len(schedule.queues) + 1, dtype=np.int32)
@@ -63,14 +60,15 @@ def pack(
         words[record, word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
-        """Rows and columns are clipped to what the first two stages can hold, so that they fit one word."""
         next_word = TASK_NEXT.value
         put(record, next_word, stream.start)
-        put(record, next_word + 1, stream.group_stride)
+        put(record, next_word + 1, stream.row_stride)
+        put(record, next_word + 2, stream.group_stride)
         if isinstance(stream.group_stride, Address):
-            put(record, next_word + 1, stream.start, sign=-1)
-        rows0, rows1 = (min(max(rows, 0), 127) for rows in (stream.rows0, stream.rows1))
-        put(record, next_word + 2, stream.row_stride | min(stream.cols, 0xFFFF) << 32 | rows0 << 48 | rows1 << 56)
+            put(record, next_word + 2, stream.start, sign=-1)
+        rows1 = max(stream.rows1, 0)
+        put(record, next_word + 3, stream.rows0 | rows1 << 32)
+        put(record, next_word + 4, stream.cols)
 
     record = 0
     for worker, queue in enumerate(schedule.queues):
@@ -88,13 +86,13 @@ def pack(
             words[i, TASK_VARIANT.value] = task.variant | task_idx << 32
             event = events.wait[task_idx]
             if event >= 0:
-                words[i, TASK_WAIT.value] = event | events.events[event].count << 32
-            signals = events.signals[task_idx]
+                words[i, TASK_WAIT.value] = event * EVENT_STRIDE
+                words[i, TASK_WAIT_COUNT.value] = events.events[event].count
+            signals = [e * EVENT_STRIDE for e in events.signals[task_idx]]
             assert len(signals) <= MAX_SIGNALS, f"{graph.task_name(task_idx)} signals {len(signals)} events"
-            packed = NO_EVENT_WORD
-            for slot, signalled in enumerate(signals):
-                packed ^= (NO_EVENT ^ signalled) << (16 * slot)
-            words[i, TASK_SIGNALS.value] = np.uint64(packed).astype(np.int64)
+            a, b, c, d = signals + [-1] * (MAX_SIGNALS - len(signals))
+            words[i, TASK_SIGNALS.value] = (a & WORD_MASK) | b << 32
+            words[i, TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
             for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
                 put(i, word, task.fields[name])
             following = task.stream or following

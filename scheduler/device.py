@@ -13,12 +13,11 @@ import triton.language as tl
 
 # Words of a task descriptor (int64). Fields of the op follow from FIELDS on.
 TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
-TASK_WAIT = tl.constexpr(1)  # event to wait for | its signals per step << 32; 0 signals: nothing to wait for
-TASK_SIGNALS = tl.constexpr(2)  # four events of 16 bits each, 0xFFFF where unused
-TASK_NEXT = tl.constexpr(3)  # three words: the weights which this worker reads next; see ops/gemv.py
-TASK_FIELDS = tl.constexpr(6)
-
-EVENT_STRIDE = tl.constexpr(32)  # int32 counters between two events: a 128-byte line each, so that they do not contend
+TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
+TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
+TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
+TASK_NEXT = tl.constexpr(5)  # five words: the weights which this worker reads next
+TASK_FIELDS = tl.constexpr(10)
 
 # Words of the control block (int64): what the host sets for a launch, and what the kernel tells it afterwards.
 CONTROL_FIRST_EPOCH = tl.constexpr(0)
@@ -50,12 +49,6 @@ def int_field(task_ptr, word):
 
 
 @triton.jit
-def load_task(task_ptr):
-    """The words that decide what a worker does next. Loaded one task ahead: their latency stays off the critical path."""
-    return (task_ptr, tl.load(task_ptr + TASK_VARIANT), tl.load(task_ptr + TASK_WAIT))
-
-
-@triton.jit
 def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr):
     """Until `counter - wanted >= 0` as signed 32-bit numbers, so that counters may wrap around."""
     if PORTABLE:
@@ -73,19 +66,18 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
                 tl.store(control_ptr + CONTROL_STUCK_WANTED, wanted)
         tl.debug_barrier()
     else:
-        # Byte offsets are 8 x the CONTROL_ words above. The clock is read only after a thousand polls: reading it takes
-        # longer than a poll.
-        tl.inline_asm_elementwise(
+        tl.inline_asm_elementwise(  # byte offsets are 8 x the CONTROL_ words above
             """{
             .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag; .reg .u64 start, now, bound; .reg .s64 wide;
             mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
-            mov.u64 start, 0;
+            ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
+            mov.u64 start, %globaltimer;
             MORE: mov.s32 polls, 0;
             POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
             ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
-            mov.u64 now, %globaltimer; setp.eq.u64 p, start, 0; selp.u64 start, now, start, p;
-            sub.u64 now, now, start; ld.global.u64 bound, [$3 + 40]; setp.lt.u64 p, now, bound; @p bra MORE;
+            mov.u64 now, %globaltimer; sub.u64 now, now, start;
+            ld.global.u64 bound, [$3 + 40]; setp.lt.u64 p, now, bound; @p bra MORE;
             atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
             cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
             cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
@@ -101,38 +93,44 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
 
 
 @triton.jit
-def wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
+def wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
     """What the producers of this task's event wrote may be read afterwards."""
-    count = (task[2] >> 32).to(tl.int32)
+    count = tl.load(task_ptr + TASK_WAIT_COUNT).to(tl.int32)
     if count > 0:
-        counter_ptr = event_ptr + task[2].to(tl.int32) * EVENT_STRIDE
-        wait_counter(counter_ptr, epoch * count, (task[1] >> 32).to(tl.int32), control_ptr, PORTABLE)
+        task_idx = (tl.load(task_ptr + TASK_VARIANT) >> 32).to(tl.int32)
+        counter_ptr = event_ptr + tl.load(task_ptr + TASK_WAIT)
+        wait_counter(counter_ptr, epoch * count, task_idx, control_ptr, PORTABLE)
 
 
 @triton.jit
-def signal(signals, event_ptr, PORTABLE: tl.constexpr):
-    """All that this worker wrote may be read by whoever waits for these events (the task's word TASK_SIGNALS)."""
+def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events."""
+    first = tl.load(task_ptr + TASK_SIGNALS)
+    second = tl.load(task_ptr + TASK_SIGNALS + 1)
     if PORTABLE:
         tl.debug_barrier()
         for i in tl.static_range(4):
-            event = (signals >> (16 * i)).to(tl.int32) & 0xFFFF
-            if event != 0xFFFF:
-                tl.atomic_add(event_ptr + event * EVENT_STRIDE, 1, sem="release", scope="gpu")
+            pair = first if i < 2 else second
+            counter = (pair >> (32 * (i % 2))).to(tl.int32)
+            if counter >= 0:
+                tl.atomic_add(event_ptr + counter, 1, sem="release", scope="gpu")
     else:
-        # Lane i < 4 of the last warp signals the i-th event: the first warp is free to wait for the next task's event.
-        # EVENT_STRIDE is 128 bytes.
+        # Lane i < 4 of the last warp signals the i-th event, so that the first warp may go on to wait for the next task's.
         tl.inline_asm_elementwise(
             """{
-            .reg .pred p, q; .reg .u32 lane, size; .reg .u64 event, address;
+            .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
             bar.sync 0;
-            mov.u32 lane, %tid.x; mov.u32 size, %ntid.x; sub.u32 lane, lane, size; add.u32 lane, lane, 32;
-            setp.lt.u32 p, lane, 4; shl.b32 size, lane, 4; shr.u64 event, $2, size; and.b64 event, event, 0xFFFF;
-            setp.ne.and.u64 q, event, 0xFFFF, p; mad.lo.u64 address, event, 128, $1;
+            mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
+            mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first; and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
+            selp.s32 a, b, a, p; selp.s32 c, d, c, p;
+            setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
+            setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
+            mad.wide.s32 address, a, 4, $1;
             @q red.release.gpu.global.add.u32 [address], 1;
             mov.u32 $0, 0;
             }""",
-            "=r,l,l",
-            [event_ptr.to(tl.int64), signals],
+            "=r,l,l,l",
+            [event_ptr.to(tl.int64), first, second],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -11,11 +11,11 @@ import itertools
 from unittest import mock
 
 import torch
-from tri_mpk.ops.op import Op, TensorHandle
-from tri_mpk.scheduler.graph import Region, Task
 
 import tri_mpk.runtime
 from tri_mpk import PersistentKernel
+from tri_mpk.ops.op import Op, TensorHandle
+from tri_mpk.scheduler.graph import Region, Task
 from tri_mpk.shared_memory import SharedMemory
 
 GUARD = 512  # elements behind every tensor
@@ -44,15 +44,18 @@ class OpHarness:
         self.changing = {"step", "tokens"}  # names of inputs that a step may change
         self._names = map("t{}".format, itertools.count())
 
-    def input(self, *dims: int, scale: float = 1.0) -> TensorHandle:
-        """Random normal numbers."""
-        return self.attach(torch.randn(dims) * scale)
+    def input(self, *dims: int, parts: int = 0, scale: float = 1.0) -> TensorHandle:
+        """Random normal numbers; `parts` of them when a split K left its sum open."""
+        return self.attach(torch.randn((parts, *dims) if parts else dims) * scale, parts)
 
     def gain(self, size: int) -> TensorHandle:
         return self.attach(1 + 0.1 * torch.randn(size))
 
-    def attach(self, tensor: torch.Tensor) -> TensorHandle:
-        return self.mpk.attach_input(tensor, name=next(self._names))
+    def attach(self, tensor: torch.Tensor, parts: int = 0) -> TensorHandle:
+        handle = self.mpk.attach_input(tensor, name=next(self._names))
+        if parts:
+            handle.dims, handle.parts = handle.dims[1:], parts
+        return handle
 
     def output(self, *dims: int) -> TensorHandle:
         return self.mpk.new_tensor(dims, torch.float32, name=next(self._names))
@@ -108,11 +111,16 @@ def _with_one_task(op: Op, index: int) -> Op:
     return dataclasses.replace(op, cut=cut)
 
 
+def total(handle: TensorHandle) -> torch.Tensor:
+    """A tensor's value, its parts added up."""
+    return handle.data.view(handle.parts, *handle.dims).sum(0)
+
+
 def region_mask(handle: TensorHandle, regions: tuple[Region, ...]) -> torch.Tensor:
-    """Which elements [numel] of a tensor the regions name."""
-    mask = torch.zeros(handle.numel, dtype=torch.bool)
+    """Which elements [parts, numel] of a tensor the regions name."""
+    mask = torch.zeros(handle.parts, handle.numel, dtype=torch.bool)
     for region in regions:
         if region.tensor == handle.name:
-            ((lo, hi),) = region.box
-            mask[lo:hi] = True
+            (first_part, last_part), (lo, hi) = region.box
+            mask[first_part:last_part, lo:hi] = True
     return mask

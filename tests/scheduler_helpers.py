@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
+
 from tri_mpk.scheduler.graph import Box, Region, Task, TaskGraph, TensorInfo
 
 
@@ -11,9 +12,7 @@ class GraphBuilder:
     print them."""
 
     def __init__(self, **tensors: tuple[tuple[int, ...], bool]) -> None:
-        infos = {
-            name: TensorInfo(dims, initialised) for name, (dims, initialised) in tensors.items()
-        }
+        infos = {name: TensorInfo(dims, initialised) for name, (dims, initialised) in tensors.items()}
         self.graph = TaskGraph(tensors=infos)
 
     def op(self, name: str) -> None:
@@ -40,9 +39,7 @@ def region(text: str) -> Region:
 def chain(num_tiles: int = 1) -> TaskGraph:
     """a writes x, b reads x and writes y, c reads y: `num_tiles` tasks each, every task reading all
     tiles."""
-    builder = GraphBuilder(
-        x=((num_tiles,), False), y=((num_tiles,), False), z=((num_tiles,), False)
-    )
+    builder = GraphBuilder(x=((num_tiles,), False), y=((num_tiles,), False), z=((num_tiles,), False))
     for name, source, target in (("a", None, "x"), ("b", "x", "y"), ("c", "y", "z")):
         builder.op(name)
         for tile in range(num_tiles):
@@ -66,11 +63,7 @@ def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskG
         graph.tensors.setdefault(target, TensorInfo(tuple(hi for _, hi in boxes[-1]), False))
         for tile, box in enumerate(boxes):
             regions = tuple(Region(tensor, read) for tensor, read in reads(tile, box))
-            graph.tasks.append(
-                Task(
-                    len(graph.ops) - 1, (tile,), regions, (Region(target, box),), cost_bytes=1 << 20
-                )
-            )
+            graph.tasks.append(Task(len(graph.ops) - 1, (tile,), regions, (Region(target, box),), cost_bytes=1 << 20))
 
     tiles: list[Box] = [((i, i + 1),) for i in range(num_workers)]
     whole: Box = ((0, num_workers),)
@@ -81,9 +74,7 @@ def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskG
         qkv, attn, out, act, norm = names
         weights = f"{layer}.w"
         graph.tensors[weights] = TensorInfo((num_workers,), True)
-        head_tiles = [
-            ((h * num_workers // heads, (h + 1) * num_workers // heads),) for h in range(heads)
-        ]
+        head_tiles = [((h * num_workers // heads, (h + 1) * num_workers // heads),) for h in range(heads)]
         op(f"L{layer:02} qkv", tiles, qkv, lambda i, box, w=weights: [("x", whole), (w, box)])
         op(
             f"L{layer:02} attn",
@@ -100,9 +91,7 @@ def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskG
 
 
 @st.composite
-def graphs(
-    draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True
-) -> TaskGraph:
+def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True) -> TaskGraph:
     """Random tasks on random boxes of few small tensors, reused in place, with many readers and
     writers.
 
@@ -125,9 +114,7 @@ def graphs(
 
 
 @st.composite
-def regions(
-    draw: st.DrawFn, tensors: dict[str, TensorInfo], max_regions: int
-) -> tuple[Region, ...]:
+def regions(draw: st.DrawFn, tensors: dict[str, TensorInfo], max_regions: int) -> tuple[Region, ...]:
     def interval(size: int) -> tuple[int, int]:
         lo = draw(st.integers(0, size - 1))
         return lo, draw(st.integers(lo + 1, size))

@@ -57,16 +57,12 @@ class Machine:
         return counters
 
 
-def run_at_random(
-    graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int, seed: int
-) -> None:
+def run_at_random(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int, seed: int) -> None:
     """Run one interleaving on symbolic memory; every read must see the version that program order
     says."""
     chooser = random.Random(seed)
     machine = Machine(events, schedule, num_epochs)
-    expected = _versions_read(
-        graph, [(e + 1, t) for e in range(num_epochs) for t in range(len(graph.tasks))]
-    )
+    expected = _versions_read(graph, [(e + 1, t) for e in range(num_epochs) for t in range(len(graph.tasks))])
     progress, counters, order = list(machine.start()), [0] * len(events.events), []
     while True:
         ready = [w for w in range(len(progress)) if machine.can_go(w, tuple(progress), counters)]
@@ -128,10 +124,7 @@ def is_safe(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: in
 
 def conflict(graph: TaskGraph, a: int, b: int) -> bool:
     touched = [
-        [
-            {cell for region in regions for cell in _cells(region)}
-            for regions in (task.reads, task.writes)
-        ]
+        [{cell for region in regions for cell in _cells(region)} for regions in (task.reads, task.writes)]
         for task in (graph.tasks[a], graph.tasks[b])
     ]
     (reads_a, writes_a), (reads_b, writes_b) = touched
@@ -150,7 +143,4 @@ def _reads_unwritten(graph: TaskGraph) -> bool:
 
 
 def _cells(region: Region) -> set[tuple]:
-    return {
-        (region.tensor, *point)
-        for point in itertools.product(*(range(*side) for side in region.box))
-    }
+    return {(region.tensor, *point) for point in itertools.product(*(range(*side) for side in region.box))}

@@ -270,9 +270,9 @@ def test_no_parameter_of_transformers_is_dropped_silently():
 
 def test_the_checkpoints_generation_config_is_obeyed(pair):
     ours, _ = pair
-    with mock.patch.object(ours, "generation_config", GenerationConfig(repetition_penalty=1.1)):
-        with pytest.raises(NotImplementedError, match=r"repetition_penalty=1.1 \(from the checkpoint's"):
-            ours.generate(PROMPT)
+    refused = pytest.raises(NotImplementedError, match=r"repetition_penalty=1.1 \(from the checkpoint's")
+    with mock.patch.object(ours, "generation_config", GenerationConfig(repetition_penalty=1.1)), refused:
+        ours.generate(PROMPT)
     with mock.patch.object(ours, "generation_config", GenerationConfig(max_length=4)):
         assert ours.generate(PROMPT).shape == (1, 4)
 

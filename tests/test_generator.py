@@ -13,7 +13,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tri_mpk.scheduler.device import load_task, signal, wait
 from triton.compiler import ASTSource
 
 from decoders import tiny_config
@@ -23,6 +22,7 @@ from tri_mpk.aot import compile_for, parse_target, resources
 from tri_mpk.loading import empty_model
 from tri_mpk.model import CausalLM
 from tri_mpk.program import Program
+from tri_mpk.scheduler.device import signal, wait
 
 META = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,12 +156,11 @@ def test_golden_file():
 
 
 @triton.jit
-def wait_then_signal(task_ptr, event_ptr, control_ptr, data_ptr, epoch, signals, PORTABLE: tl.constexpr):
-    task = load_task(task_ptr)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+def wait_then_signal(task_ptr, event_ptr, control_ptr, data_ptr, epoch, PORTABLE: tl.constexpr):
+    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     cells = data_ptr + tl.arange(0, 1024)
     tl.store(cells, tl.load(cells) + 1)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task_ptr, event_ptr, PORTABLE)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -169,7 +168,7 @@ def test_waits_acquire_and_signals_release(portable):
     """acquire, CTA barrier, the task's loads and stores, CTA barrier, release; all at gpu scope."""
     signature = {
         "task_ptr": "*i64", "event_ptr": "*i32", "control_ptr": "*i64", "data_ptr": "*fp32", "epoch": "i32",
-        "signals": "i64", "PORTABLE": "constexpr",
+        "PORTABLE": "constexpr",
     }  # fmt: skip
     index = list(signature).index("PORTABLE")
     source = ASTSource(fn=wait_then_signal, signature=signature, constexprs={(index,): portable})

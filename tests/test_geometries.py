@@ -35,9 +35,7 @@ def test_parameters_and_bytes(name: str):
 
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == config.tie_word_embeddings
-    layers = sum(
-        p.numel() for n, p in parameters.items() if n.startswith("model.layers.") and p.ndim == 2
-    )
+    layers = sum(p.numel() for n, p in parameters.items() if n.startswith("model.layers.") and p.ndim == 2)
     assert weight_bytes(config) == 2 * (layers + model.lm_head.weight.numel())
     assert weight_bytes(config, bytes_per_element=1) == weight_bytes(config) // 2
 

@@ -14,18 +14,17 @@ from unittest import mock
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
-from tri_mpk.scheduler import device as words
-from tri_mpk.scheduler.descriptor import PackedQueues
-from tri_mpk.scheduler.graph import STEP_EVENT
 
 from decoders import prompt, tiny_pair
 from tri_mpk import CausalLM, MegakernelTimeout, WorkerDiedError
 from tri_mpk.program import Program
+from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
+from tri_mpk.scheduler.graph import STEP_EVENT
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = prompt(2)
 NEW_TOKENS = 3
-EVENT_STRIDE = words.EVENT_STRIDE.value
 FEW_POLLS_S = 0.05  # a wait bound that a sane launch of a tiny model never reaches within one step
 
 
@@ -166,10 +165,10 @@ def with_corrupt_queues(change, check) -> None:
 
 
 def test_a_wait_that_counts_too_far():
-    wait = words.TASK_WAIT.value
+    count = words.TASK_WAIT_COUNT.value
 
     def change(queue) -> None:
-        queue[(queue[:, wait] >> 32 > 0).nonzero()[0][0], wait] += 1 << 32
+        queue[(queue[:, count] > 0).nonzero()[0][0], count] += 1
 
     def check(model: CausalLM) -> None:
         error = timeout_of(model)

@@ -4,14 +4,19 @@ Started by runtime.py as a script, so that it imports nothing but torch and Trit
 standard input and answers each with None or the text of an exception; it ends when its standard input does.
 """
 
-import dataclasses
-import importlib.util
 import os
-import pickle
 import sys
-import threading
-import time
-import traceback
+
+# a script's own folder comes first in the path, where tri_mpk/inspect.py would hide the standard library's
+_HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [path for path in sys.path if os.path.realpath(path) != _HERE]
+
+import dataclasses  # noqa: E402
+import importlib.util  # noqa: E402
+import pickle  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import traceback  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"
 

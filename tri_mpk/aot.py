@@ -2,62 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
+from tri_mpk.errors import DeviceError
 from tri_mpk.generator import import_source
 from tri_mpk.program import NUM_WARPS
 
-POINTERS = {
+# The kernel's parameters as the runtime passes them, so that it finds what is compiled here in Triton's cache. All are
+# divisible by 16: the pointers are aligned, and `first_worker` is 0.
+SIGNATURE = {
     "queue_ptr": "*i64",
     "queue_start_ptr": "*i32",
     "event_ptr": "*i32",
     "control_ptr": "*i64",
     "logits_ptr": "*fp32",
     "mailbox_ptr": "*i64",
+    "first_worker": "i32",
 }
+DEFAULT_TARGET = "sm_90"
 
 
 def parse_target(target: str) -> GPUTarget:
-    """`sm_90` or `sm_90a` -> GPUTarget; ValueError for anything else."""
+    """`sm_90` or `sm_90a` (Triton always builds the `a` form from there on); ValueError for anything else."""
     match = re.fullmatch(r"sm_(\d{2,3})a?", target)
     if match is None or int(match[1]) < 80:
-        raise ValueError(f"target={target!r} is not supported; give sm_80 or newer, for example sm_90")
+        raise ValueError(f"target={target!r} is not supported; give sm_80 or newer, for example {DEFAULT_TARGET}")
     return GPUTarget("cuda", int(match[1]), 32)
 
 
-def compile_for(source_path: Path, target: str) -> triton.compiler.CompiledKernel:
+def check_compiler() -> None:
+    """DeviceError where Triton cannot compile: its functions are then bound to its interpreter."""
+    if triton.knobs.runtime.interpret:
+        raise DeviceError(
+            "TRITON_INTERPRET is set, so kernels can be neither planned nor compiled here; unset it and start again"
+            " (on a CPU the worker processes set it for themselves)"
+        )
+
+
+def kernel_source(source_path: Path) -> ASTSource:
     kernel = import_source(source_path).megakernel
-    signature = {name: POINTERS.get(name, "constexpr") for name in kernel.arg_names}
-    pointers = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS}
-    constants = {(kernel.arg_names.index("first_worker"),): 0}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=pointers)
+    assert kernel.arg_names == list(SIGNATURE), kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(SIGNATURE))}
+    return ASTSource(fn=kernel, signature=SIGNATURE, constexprs={}, attrs=aligned)
+
+
+def compile_for(source_path: Path, target: str) -> CompiledKernel:
+    """The kernel in a source file, compiled for `target` as the runtime does, or taken from its cache."""
+    gpu = parse_target(target)
+    check_compiler()
     options = {"num_warps": NUM_WARPS, "launch_cooperative_grid": True}
-    return triton.compile(source, target=parse_target(target), options=options)
+    with contextlib.redirect_stdout(sys.stderr):  # when ptxas fails, Triton prints the whole PTX
+        return triton.compile(kernel_source(source_path), target=gpu, options=options)
 
 
-def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """Registers per thread, spilled and stack bytes, shared bytes, and how wide the streamed weight loads are.
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """What a compiled kernel takes of an SM, and how wide the weights are loaded.
 
-    Weight loads are those marked evict_first; wide means 16 bytes per lane.
+    `registers` and `stack_bytes` are per thread. `spills` counts the instructions that write or read local memory (STL,
+    LDL); with 4-byte spills each is 4 of ptxas' spill bytes. Weight loads are those marked evict_first; wide ones
+    bring 16 bytes per lane or more.
     """
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [cuobjdump, "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command = [cuobjdump, "-sass", cubin.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    loads = re.findall(r"ld\.global\S*evict_first\S*", kernel.asm["ptx"])
-    wide = sum("v4.b32" in load for load in loads)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    loads = re.findall(r"\bld\.global\S*evict_first\S*", kernel.asm["ptx"])
+    wide = sum(_bytes_per_lane(load) >= 16 for load in loads)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
@@ -66,6 +87,17 @@ def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
         "wide_weight_loads": wide,
         "narrow_weight_loads": len(loads) - wide,
     }
+
+
+def _cuobjdump(what: str, cubin: Path) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path  # ships with Triton
+    return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _bytes_per_lane(load: str) -> int:
+    """`ld.global.L1::evict_first.v4.b32` -> 16"""
+    vector, bits = re.search(r"(?:\.v(\d))?\.[bsuf](\d+)$", load).groups()
+    return int(vector or 1) * int(bits) // 8
 
 
 def compile_report(source_path: Path, target: str) -> dict[str, int | float]:

@@ -52,7 +52,7 @@ def kernel_constants(weight_dtype: torch.dtype, row_lengths: list[int], portable
     align = 16 // weight_dtype.itemsize
     if any(length % align for length in row_lengths):
         align = 1
-    block_n, block_k = (128, 64) if portable else (NUM_WARPS, 256)
+    block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
     return KernelConstants(weight_dtype, align, block_n, block_k, portable)
 
 
@@ -76,9 +76,9 @@ def plan(
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
-        for region in (*cut.tasks[0].reads, *cut.tasks[0].writes):
-            tensor = tensors[region.tensor]
-            graph.tensors[region.tensor] = TensorInfo((tensor.numel,) * len(region.box), tensor.data is not None)
+    graph.tensors = {
+        name: TensorInfo((tensor.parts, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()
+    }
     events = derive_events(graph)
     queues = schedule(graph, events, num_workers)
     report = verify(graph, events, queues)

@@ -25,11 +25,11 @@ from tri_mpk.generator import import_source, write_source
 from tri_mpk.ops import argmax
 from tri_mpk.program import NUM_WARPS, Program
 from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 from tri_mpk.scheduler.graph import STEP_EVENT
 from tri_mpk.shared_memory import SharedMemory
 
 CONTROL_WORDS = 64
-EVENT_STRIDE = words.EVENT_STRIDE.value
 MAX_EOS = 32
 MAILBOX_STOP = argmax.MAILBOX_STOP.value
 MAILBOX_NUM_TOKENS = argmax.MAILBOX_NUM_TOKENS.value
@@ -154,7 +154,7 @@ class CudaRuntime(Runtime):
         self.device = cuda_device
         for tensor in program.tensors.values():
             if tensor.data is None:
-                tensor.data = self.empty(tensor.dims, tensor.dtype)
+                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
         self._allocate_state()
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
         packed = program.pack()
@@ -222,7 +222,7 @@ class InterpreterRuntime(Runtime):
         self.memory = SharedMemory()
         for tensor in program.tensors.values():
             if tensor.data is None:
-                tensor.data = self.empty(tensor.dims, tensor.dtype)
+                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
             self.memory.move(tensor.data)
         self._allocate_state()
         self.default_logits = self.empty((self.vocab_size,), torch.float32)

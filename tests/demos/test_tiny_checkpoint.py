@@ -21,9 +21,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(
-        CHECKPOINT, dtype=torch.float32, attn_implementation="eager"
-    )
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, attn_implementation="eager")
 
 
 def document_starting_with(prompt: str) -> str:

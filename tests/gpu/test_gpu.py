@@ -16,7 +16,6 @@ import triton
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from tri_mpk.scheduler import device as words
 
 import tri_mpk
 from decoders import prompt, tiny_config
@@ -25,13 +24,14 @@ from tri_mpk.geometries import geometry
 from tri_mpk.loading import memory_bytes, random_model
 from tri_mpk.models import describe
 from tri_mpk.program import kernel_constants
+from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 
 pytestmark = pytest.mark.gpu
 
 DEMO = Path(__file__).resolve().parents[2] / "demos" / "tiny"
 CUDA = torch.device("cuda", 0)
 MAX_SEQ_LEN = 2048
-EVENT_STRIDE = words.EVENT_STRIDE.value
 
 SMALL: dict[str, PreTrainedConfig] = {
     "llama": tiny_config(
@@ -297,13 +297,12 @@ def check_timeout(model: CausalLM, fault, repair) -> MegakernelTimeout:
 
 
 def test_a_wait_that_counts_too_far(impatient):
-    queue = impatient.kernel.runtime.queue.view(torch.int64)
+    queue, count = impatient.kernel.runtime.queue, words.TASK_WAIT_COUNT.value
     saved = queue.clone()
-    records = saved.cpu()
-    record = int((records[:, words.TASK_WAIT.value] >> 32 > 0).nonzero()[0])
+    record = int((saved[:, count] > 0).nonzero()[0])
 
     def fault() -> None:
-        queue[record, words.TASK_WAIT.value] += 1 << 32
+        queue[record, count] += 1
 
     error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
     assert error.seen < error.wanted and 0 <= error.worker < impatient.kernel.num_workers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tri_mpk.ops.attention import ATTENTION
-from tri_mpk.ops.attention_merge import ATTENTION_MERGE
 
 from op_harness import OpHarness
 from tolerances import check_close
+from tri_mpk.ops.attention import ATTENTION
+from tri_mpk.ops.attention_merge import ATTENTION_MERGE
 
 EPS = 1e-5
 PAGE = 128

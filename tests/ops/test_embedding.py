@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tri_mpk.ops.embedding import EMBEDDING
 
 from op_harness import OpHarness
+from tri_mpk.ops.embedding import EMBEDDING
 
 SHAPES = [(11, 64, None), (7, 70, None), (5, 5000, None), (9, 70, 3)]  # vocabulary, columns, tasks
 

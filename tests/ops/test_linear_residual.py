@@ -1,25 +1,24 @@
-"""linear_residual: with and without a split K, biases, partial blocks, a residual stream over several ops."""
+"""linear_residual: with and without a split K, residuals in parts, biases; parts add up in one order."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from op_harness import OpHarness, total
+from tolerances import check_close
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 
-from op_harness import OpHarness
-from tolerances import check_close
-
-# rows, columns, bias, tasks
+# rows, columns, bias, parts of the residual, tasks
 ALIGNED = [
-    (96, 64, False, None),
-    (1100, 64, True, None),  # several row blocks per worker, the last one partial
-    (70, 1024, True, None),  # few rows: K is split
-    (300, 136, False, 1),  # one worker has more rows than a block
-    (48, 300, False, 3),
-    (37, 520, False, 5),
-    (1, 64, True, None),
+    (96, 64, False, 1, None),
+    (1100, 64, True, 1, None),
+    (70, 1024, True, 3, None),  # K is split
+    (48, 300, False, 2, 3),
+    (37, 512, False, 1, 5),  # K is split, and tasks do not end where parts do
+    (1, 64, False, 1, None),
 ]
-ODD = [(33, 70, True, None), (64, 1030, False, 4), (300, 257, False, None)]
+ODD = [(33, 70, True, 2, None), (64, 1030, False, 1, 4)]
 
 
 @pytest.fixture(scope="module", params=[ALIGNED, ODD], ids=["aligned", "odd"])
@@ -27,17 +26,17 @@ def harness(request):
     torch.manual_seed(0)
     harness = OpHarness()
     harness.cases = []
-    for num_rows, k, has_bias, grid_dim in request.param:
+    for num_rows, k, has_bias, parts, grid_dim in request.param:
         tensors = {
             "input": harness.input(k),
             "weight": harness.input(num_rows, k, scale=k**-0.5),
-            "residual": harness.input(num_rows),
+            "residual": harness.input(num_rows, parts=parts),
             "output": harness.output(num_rows),
             "bias": harness.input(num_rows) if has_bias else None,
         }
         harness.mpk.linear_with_residual_layer(**tensors, grid_dim=grid_dim)
         harness.cases.append(tensors)
-    # the residual stream: an op that adds to the sum of another
+    # the residual stream: what reads a sum in parts, and adds to it
     last = harness.cases[-1]
     size = last["output"].numel
     chained = {
@@ -55,13 +54,28 @@ def harness(request):
 
 def expected(tensors: dict) -> torch.Tensor:
     bias = tensors["bias"]
-    x, weight, residual = tensors["input"].data, tensors["weight"].data, tensors["residual"].data
+    x, weight, residual = tensors["input"].data, tensors["weight"].data, total(tensors["residual"])
     return LINEAR_RESIDUAL.reference(x, weight, residual, bias and bias.data)
 
 
 def test_equals_reference(harness):
     for tensors in harness.cases:
-        check_close(actual=tensors["output"].data, expected=expected(tensors))
+        check_close(actual=total(tensors["output"]), expected=expected(tensors))
+
+
+def test_some_case_splits_k(harness):
+    parts = [tensors["output"].parts for tensors in harness.cases]
+    assert max(parts) > 1 and min(parts) == 1
+
+
+def test_every_part_is_its_own_share_of_k(harness):
+    for tensors in harness.cases:
+        parts = tensors["output"].parts
+        for part, x, weight in zip(
+            range(parts), tensors["input"].data.chunk(parts), tensors["weight"].data.chunk(parts, 1), strict=True
+        ):
+            if part > 0:  # part 0 has the residual and the bias too
+                check_close(actual=tensors["output"].data[part], expected=weight @ x)
 
 
 def test_same_bits_again(harness):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 from hypothesis import given, settings
+
 from scheduler_helpers import GraphBuilder, chain, graphs, transformer
 from scheduler_simulator import conflict
 from tri_mpk.scheduler import (
@@ -115,9 +116,7 @@ def test_too_many_signals_names_the_task():
     builder = GraphBuilder(x=((1,), False), y=((8,), False))
     builder.op("a")
     builder.task(writes=["x[0:1]"])
-    for i in range(
-        MAX_SIGNALS + 1
-    ):  # each b comes before the next one's consumer: no merge keeps the order
+    for i in range(MAX_SIGNALS + 1):  # each b comes before the next one's consumer: no merge keeps the order
         builder.op(f"b{i}")
         builder.task(writes=[f"y[{i}:{i + 1}]"])
         builder.op(f"c{i}")

@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scheduler_helpers import GraphBuilder, graphs, transformer
 from tri_mpk.scheduler import TaskGraph, derive_events, imbalance, schedule
 from tri_mpk.scheduler.graph import Events

@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from scheduler_helpers import GraphBuilder, chain, graphs, region, regions, transformer
 from scheduler_simulator import is_safe, run_at_random
 from tri_mpk.scheduler import (
@@ -123,9 +124,7 @@ def test_race_with_the_second_write_of_a_box():
     for name, access in (("a", "writes"), ("b", "reads"), ("c", "writes"), ("d", "reads")):
         builder.op(name)
         builder.task(**{access: ["x[0:1]"]})
-    waits_for_a_only = Events(
-        [Event([2, 3], [], 2), Event([0], [3], 1)], [-1, -1, -1, 1], [[1], [], [0], [0]]
-    )
+    waits_for_a_only = Events([Event([2, 3], [], 2), Event([0], [3], 1)], [-1, -1, -1, 1], [[1], [], [0], [0]])
     with pytest.raises(RaceError, match=r"c t0 writes and d t0 reads x\[0:1\]"):
         verify(builder.graph, waits_for_a_only, Schedule([[0, 1, 2], [3]]))
 
@@ -194,9 +193,7 @@ def test_step_overlap():
     builder.task(writes=["x[0:1]"])
     builder.task(writes=["x[1:2]"])
     events = Events([Event([0], [], 1)], [-1, -1], [[0], []])
-    verify(
-        builder.graph, events, Schedule([[1, 0]])
-    )  # the queue itself puts a t1 before the signal
+    verify(builder.graph, events, Schedule([[1, 0]]))  # the queue itself puts a t1 before the signal
     with pytest.raises(StepOverlapError, match=r"a t1 \(worker 1, slot 0\) may still run"):
         verify(builder.graph, events, Schedule([[0], [1]]))
 

@@ -1,0 +1,71 @@
+"""Measures geometries on the GPU of this machine and saves one report each: see README.md beside this file.
+
+PYTHONPATH=. python bench/run.py --geometry Llama-3.2-1B Qwen3-8B --context 64 512 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench, save_report
+from tri_mpk.geometries import GEOMETRIES
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def summary(report: dict) -> str:
+    lines = [
+        f"{report['geometry']} on {report['gpu']}: compiled in {report['compile_cold_s']:.1f} s,"
+        f" cached {report['compile_cached_s']:.1f} s; a copy moves {report['copy_gbps']:.0f} GB/s"
+    ]
+    for row in report["rows"]:
+        line = f"  context {row['context']:6}: {row['ms_p50']:.3f} ms/token, {row['fraction_of_copy']:.0%} of the copy"
+        if row["speedup"] is not None:
+            line += f", baseline {row['baseline_ms_p50']:.3f} ms, {row['speedup']:.2f}x"
+        if row["rel_l2"] is not None:
+            line += f", relative L2 to fp32 {row['rel_l2']:.1e} (bf16 {row['rel_l2_bf16']:.1e})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", nargs="+", default=list(GEOMETRIES), help="default: all")
+    parser.add_argument("--context", nargs="+", type=int, default=list(DEFAULT_CONTEXTS))
+    parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch")
+    parser.add_argument("--launches", type=int, default=20)
+    parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile, which takes most of the time")
+    parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
+    parser.add_argument("--commit", help="to record where the tree is no git checkout")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    failed = []
+    for name in options.geometry:
+        start = time.perf_counter()
+        try:
+            report = run_bench(
+                name,
+                options.context,
+                num_tokens=options.num_tokens,
+                launches=options.launches,
+                baseline=not options.no_baseline,
+                check=not options.no_check,
+            )
+        except Exception:  # the other geometries still count
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        report["commit"] = options.commit or report["commit"]
+        print(summary(report))
+        print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

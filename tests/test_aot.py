@@ -1,0 +1,92 @@
+"""The kernels of real models, compiled ahead of time for Hopper: what ptxas makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from tri_mpk.aot import SIGNATURE, parse_target
+
+KEYS = ["registers", "spills", "stack_bytes", "shared_bytes", "wide_weight_loads", "narrow_weight_loads", "seconds"]
+MAX_SHARED_BYTES = 227 << 10  # of a block on Hopper
+MAX_REGISTERS = 128  # 64 Ki registers for 16 warps
+
+# What the runtime's launch would make of its arguments, against what the ahead-of-time compiler assumes. It runs in a
+# process of its own, because a Triton that interprets can do neither.
+SAME_KERNEL = """
+import sys
+from pathlib import Path
+import torch
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from tri_mpk.aot import SIGNATURE, kernel_source, parse_target
+source = kernel_source(Path(sys.argv[1]))
+kernel, backend = source.fn, make_backend(parse_target("sm_90"))
+dtypes = {"*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32}
+arguments = [torch.zeros(64, dtype=dtypes[t]) if t in dtypes else 0 for t in SIGNATURE.values()]
+options = {"num_warps": 16, "launch_cooperative_grid": True, "debug": False, "instrumentation_mode": ""}
+bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+bound, specialization, rest = bind(*arguments, **options)
+_, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, rest)
+assert ASTSource(kernel, signature, constexprs, attrs).hash() == source.hash(), (signature, constexprs, attrs)
+"""
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | variables
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-8B"])
+def test_real_kernels_fit_hopper(name: str):
+    command = [sys.executable, "-m", "tri_mpk", "compile", "--geometry", name, "--target", "sm_90", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert list(report) == KEYS
+    assert report["narrow_weight_loads"] == 0 and report["wide_weight_loads"] > 0
+    assert report["shared_bytes"] <= MAX_SHARED_BYTES
+    assert report["registers"] <= MAX_REGISTERS
+    assert report["spills"] == 0 and report["stack_bytes"] == 0
+
+
+def test_the_runtime_launches_the_kernel_that_is_compiled_here():
+    from tri_mpk.generator import write_source
+    from tri_mpk.geometries import geometry
+    from tri_mpk.inspect import plan_config
+
+    config = geometry("Qwen3-0.6B")
+    config.num_hidden_layers = 1
+    path = write_source(plan_config(config, torch.bfloat16, 256, num_workers=4).source)
+    command = [sys.executable, "-c", SAME_KERNEL, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_targets():
+    assert parse_target("sm_90") == parse_target("sm_90a") == GPUTarget("cuda", 90, 32)
+    assert parse_target("sm_100").arch == 100
+    for bad in ("sm_75", "90", "sm90", "gfx942", ""):
+        with pytest.raises(ValueError, match="sm_80 or newer"):
+            parse_target(bad)
+
+
+def test_the_interpreter_cannot_compile():
+    command = [sys.executable, "-m", "tri_mpk", "compile", "--geometry", "Llama-3.2-1B"]
+    environment = clean_environment(TRITON_INTERPRET="1")
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("tri-mpk: error: TRITON_INTERPRET is set") and result.stderr.count("\n") == 1
+
+
+def test_signature_covers_the_kernel():
+    assert list(SIGNATURE)[-1] == "first_worker"
+    assert all(kind.startswith("*") for name, kind in SIGNATURE.items() if name.endswith("_ptr"))

@@ -1,0 +1,241 @@
+"""The command line: help, one-line errors and exit codes, JSON for scripts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from tri_mpk import __version__
+from tri_mpk.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "demos/tiny")
+COMMANDS = ["generate", "chat", "inspect", "compile", "bench"]
+
+
+def invoke(*arguments: str, **options: object):
+    return CliRunner().invoke(app, list(arguments), **options)
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "tri_mpk", *arguments]
+    environment = os.environ | {"PYTHONPATH": path} | options.pop("env", {})
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+def assert_error(result, *words: str, exit_code: int = 2) -> None:
+    """One line on standard error, nothing on standard output."""
+    assert getattr(result, "exit_code", getattr(result, "returncode", None)) == exit_code, result
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("tri-mpk: no GPU here")]
+    assert len(lines) == 1 and lines[0].startswith("tri-mpk: error: "), result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"tri-mpk {command} " in result.stdout  # an example
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = "import sys, tri_mpk.cli; print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": path}
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout == "[]\n"
+
+
+def test_version_and_no_command():
+    assert invoke("--version").stdout == f"tri-mpk {__version__}\n"
+    assert all(command in invoke("--help").stdout for command in COMMANDS)
+    assert invoke("nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_parameter_of_from_pretrained_has_a_flag(command: str):
+    from tri_mpk import from_pretrained
+
+    flags = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}
+    for name, parameter in inspect.signature(from_pretrained).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert f"--{name.replace('_', '-')}" in flags
+
+
+def test_inspect_json():
+    result = invoke("inspect", "--geometry", "Llama-3.2-1B", "--num-workers", "132", "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["model"], facts["dtype"], facts["max_seq_len"]) == ("Llama-3.2-1B", "bfloat16", 4096)
+    assert facts["num_workers"] == 132
+    assert facts["tasks"] == facts["verify"]["tasks"] > 10_000
+    assert facts["attention"]["context"] == 4096 and facts["attention"]["coverage"] >= 0.95
+    assert facts["hops_per_layer"] <= 6
+    assert Path(facts["kernel"]).is_file()
+    for op in facts["ops"]:
+        if op["bytes"] >= op["calls"] * (4 << 20):
+            assert op["imbalance"] <= 1.04, op
+    assert {"qkv", "attention", "gate_up", "lm_head", "argmax"} <= {op["op"] for op in facts["ops"]}
+
+
+def test_inspect_reads_a_config_file_and_says_so_without_a_gpu():
+    result = invoke("inspect", f"{TINY}/config.json", "--num-workers", "16", "--all")
+    assert result.exit_code == 0 and result.stderr == ""
+    for text in ("L03 gate_up", "16 workers", "verified", "hops", "attention", "megakernel_"):
+        assert text in result.stdout
+
+
+def test_dot(tmp_path: Path):
+    result = invoke("inspect", TINY, "--num-workers", "8", "--dot", "-", "--layer", "all")
+    assert result.exit_code == 0 and result.stdout.startswith("digraph ") and "L03 gate_up" in result.stdout
+    file = tmp_path / "graph.dot"
+    result = invoke("inspect", TINY, "--num-workers", "8", "--dot", str(file), "--json")
+    assert json.loads(result.stdout)["num_workers"] == 8
+    assert file.read_text().startswith("digraph ") and "L03 gate_up" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "--geometry", "GPT-5"], ["'GPT-5' is not known", "Qwen3-8B"]),
+        (["inspect"], ["either MODEL or --geometry"]),
+        (["inspect", "--geometry", "Qwen3-8B", "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["inspect", "--geometry", "Qwen3-8B", "--max-seq-len", "1000000"], ["40960"]),
+        (["inspect", TINY, "--context", "4096"], ["max_seq_len=512"]),
+        (["inspect", TINY, "--layer", "first"], ["first"]),
+        (["inspect", TINY, "--num-workers", "8", "--dot", "-", "--layer", "9"], ["0 to 3"]),
+        (["inspect", str(ROOT)], ["no config.json"]),
+        (["compile", "--geometry", "Qwen3-8B", "--target", "gfx942"], ["gfx942", "sm_90"]),
+        (["generate", "./missing", "text"], ["./missing"]),
+        (["generate", str(ROOT), "text"], ["no config.json"]),
+        (["chat", TINY], ["no chat template", "tri-mpk generate"]),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], words: list[str]):
+    assert_error(invoke(*arguments, env={"HF_HUB_OFFLINE": "1", "TRI_MPK_DEBUG": "0"}), *words)
+
+
+def test_failures_while_running_exit_with_1(monkeypatch: pytest.MonkeyPatch):
+    from tri_mpk.errors import MegakernelTimeout
+
+    def fail(*_: object, **__: object):
+        raise failure
+
+    monkeypatch.setattr("tri_mpk.inspect.inspect_program", fail)
+    for failure in (MegakernelTimeout("L00 qkv t3", 1, 2, 3, 4), RuntimeError("out of\nmemory")):
+        assert_error(invoke("inspect", TINY, "--num-workers", "8"), str(failure).split()[0], exit_code=1)
+    failure = KeyboardInterrupt()
+    assert invoke("inspect", TINY, "--num-workers", "8").exit_code == 130
+
+
+def test_bench_takes_several_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    calls = []
+
+    def run_bench(geometry_name: str, contexts: list[int], **options: object) -> dict:
+        calls.append((geometry_name, contexts, options))
+        return {"rows": [{"context": context, "ms_p50": 0.5, "errors": None} for context in contexts]}
+
+    monkeypatch.setattr("tri_mpk.benchmark.run_bench", run_bench, raising=False)
+    file = tmp_path / "report.json"
+    result = invoke("bench", "--geometry", "Qwen3-8B", "--context", "64", "512", "4096", "--json", str(file))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(file.read_text())["rows"][2]["context"] == 4096
+    assert "ms_p50" in result.stdout and "4096" in result.stdout
+    assert invoke("bench", "--context", "64,512", "--geometry", "a", "--no-baseline").exit_code == 0
+    assert invoke("bench", "--geometry", "a", "--context=64", "--context", "512", "8").exit_code == 0
+    assert invoke("bench", "--geometry", "a", "--launches", "3").exit_code == 0
+    assert [contexts for _, contexts, _ in calls] == [[64, 512, 4096], [64, 512], [64, 512, 8], [64, 512, 4096]]
+    assert calls[1][2]["baseline"] is False and calls[3][2]["launches"] == 3
+    assert invoke("bench", "--geometry", "a", "--context").exit_code == 2
+    assert invoke("bench", "--geometry", "a", "--context", "0").exit_code == 2
+
+
+def test_generate_on_a_cpu():
+    """The prompt from standard input, JSON out; nothing but the result on standard output."""
+    options = ["--device", "cpu", "--num-workers", "2", "--max-new-tokens", "3"]
+    result = run("generate", TINY, *options, "--json", input="Once\n")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert list(answer) == ["tokens", "text", "seconds", "tokens_per_second", "launches"]
+    assert len(answer["tokens"]) == 3 and answer["launches"] == 1 and answer["seconds"] > 0
+
+    streamed = run("generate", TINY, "Once", *options, "--no-progress")
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout.rstrip("\n") == answer["text"]
+    assert "per second" not in streamed.stderr
+
+
+class FakeModel:
+    """Answers with one known token per call; "stop" is interrupted after it, "fail" is refused."""
+
+    max_seq_len = 512
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.prompts = tokenizer, []
+
+    def generate(self, input_ids, *, max_new_tokens: int, streamer, **parameters: object) -> None:
+        import torch
+
+        assert parameters == {"do_sample": False} and max_new_tokens == 256
+        self.prompts.append(self.tokenizer.decode(input_ids[0]))
+        if self.prompts[-1].endswith("fail;"):
+            raise ValueError("too long")
+        streamer.put(input_ids)
+        streamer.put(torch.tensor(self.tokenizer("A")["input_ids"][:1]))
+        if self.prompts[-1].endswith("stop;"):
+            raise KeyboardInterrupt
+        streamer.end()
+
+
+def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    from transformers import AutoTokenizer
+
+    from tri_mpk import chat
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    lines = iter(["", "one", "/help", "stop", "fail", "two", "/reset", "three", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    model = FakeModel(tokenizer)
+    chat.converse(model, tokenizer, "S", None, {"do_sample": False})
+    before = "s:S;u:one;a:A;"
+    assert model.prompts == [
+        "s:S;u:one;",
+        f"{before}u:stop;",
+        f"{before}u:stop;a:A;u:fail;",
+        f"{before}u:stop;a:A;u:two;",
+        "s:S;u:three;",
+    ]
+    out, err = capsys.readouterr()
+    assert out.count("A") == 4 and "tri-mpk: error: too long" in err and err.count(chat.HELP) == 2
+
+
+def test_sampling_defaults_are_neutralised_and_named(capsys: pytest.CaptureFixture):
+    from transformers import GenerationConfig
+
+    from tri_mpk.cli import greedy_parameters
+
+    assert greedy_parameters(GenerationConfig(repetition_penalty=1.0)) == {}
+    assert capsys.readouterr().err == ""
+    asked = GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=1.1)
+    assert greedy_parameters(asked) == {"do_sample": False, "repetition_penalty": 1.0}
+    assert "do_sample=True, repetition_penalty=1.1" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m tri_mpk inspect {TINY} --num-workers 8 --all | head -n 1"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=120
+    )
+    assert result.stdout.count("\n") == 1 and result.stderr == ""

@@ -1,0 +1,454 @@
+"""`tri-mpk`: generate, chat, inspect, compile and bench from a shell.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed while running, 2 bad
+input or unsupported model or device, 130 interrupted. torch and transformers are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tri_mpk.terminal import (
+    DEFAULT_NEW_TOKENS,
+    Commands,
+    ManyValues,
+    kib,
+    new_token_limit,
+    note,
+    print_table,
+    spinner,
+)
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+    from tri_mpk.model import CausalLM
+    from tri_mpk.program import Program
+
+
+# ---- options that commands share ----
+
+app = typer.Typer(
+    name="tri-mpk",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""A Hugging Face language model as one persistent Triton kernel.
+
+    \b
+    Examples:
+      tri-mpk generate Qwen/Qwen3-8B "Once upon a time"
+      tri-mpk inspect --geometry Llama-3.2-1B
+    """,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or name on the hub.")]
+ConfigArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder, name on the hub, or a config.json file.")
+]
+GeometryOption = Annotated[
+    str | None, typer.Option("--geometry", metavar="NAME", help="A model's shapes without a checkpoint, as Qwen3-8B.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="bfloat16, float16, float32; default: the checkpoint's (CPU: float32)."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")]
+MaxSeqLenOption = Annotated[
+    int | None, typer.Option(min=2, help="Prompt and new tokens together; default: 4096, or the model's limit if less.")
+]
+NumWorkersOption = Annotated[int | None, typer.Option(min=1, help="Persistent programs; default: one per SM.")]
+WaitBoundOption = Annotated[float, typer.Option(min=0.001, help="Longest wait inside the kernel, in seconds.")]
+ProgressOption = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress on standard error.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+CacheDirOption = Annotated[str | None, typer.Option(help="Where hub downloads are kept.")]
+OfflineOption = Annotated[bool, typer.Option("--local-files-only", help="Use downloaded files only.")]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Tokens to generate at most; default: {DEFAULT_NEW_TOKENS}, or what max-seq-len leaves."),
+]
+EosOption = Annotated[
+    list[int] | None, typer.Option("--eos-token-id", help="Stop at this token (repeatable); default: the checkpoint's.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from tri_mpk import __version__
+
+        print(f"tri-mpk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+# ---- generate and chat ----
+
+
+def hub_options(revision: str | None, cache_dir: str | None, local_files_only: bool) -> dict[str, object]:
+    given = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def load(
+    name: str, hub: dict[str, object], progress: bool, **parameters: object
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer, with the kernel compiled."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    import tri_mpk
+    from tri_mpk.aot import check_compiler
+    from tri_mpk.inspect import load_config
+
+    check_compiler()
+    if not progress:
+        logging.disable_progress_bar()
+    load_config(name, **hub)  # says most clearly what is wrong with a name
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    model = tri_mpk.from_pretrained(name, progress=progress, **parameters, **hub)
+    with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
+        model.compile()
+    return model, tokenizer
+
+
+def greedy_parameters(config: GenerationConfig) -> dict[str, object]:
+    """What makes `generate` greedy where the checkpoint's defaults ask for sampling; says so."""
+    from tri_mpk.generation import NEUTRAL_VALUES
+
+    names = ("do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
+    asked = {name: getattr(config, name, None) for name in names}
+    asked = {name: value for name, value in asked.items() if value not in NEUTRAL_VALUES[name]}
+    if asked:
+        settings = ", ".join(f"{name}={value}" for name, value in asked.items())
+        note(f"tri-mpk: decoding is greedy; the checkpoint's {settings} is left out")
+    return {name: NEUTRAL_VALUES[name][-1] for name in asked}
+
+
+def read_prompt(prompt: str | None) -> str:
+    if prompt not in (None, "-"):
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("there is no prompt; give one as the second argument or on standard input")
+    return sys.stdin.read().removesuffix("\n")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text; '-' or none: standard input.")] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    max_seq_len: MaxSeqLenOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    num_workers: NumWorkersOption = None,
+    wait_bound_s: WaitBoundOption = 10.0,
+    eos_token_id: EosOption = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text while it is made.")] = True,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+    cache_dir: CacheDirOption = None,
+    local_files_only: OfflineOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Continue a prompt greedily, in one kernel launch.
+
+    \b
+    Examples:
+      tri-mpk generate meta-llama/Llama-3.2-1B "The sea is" --max-new-tokens 50
+      tri-mpk generate demos/tiny --device cpu --json < prompt.txt
+    """
+    text = read_prompt(prompt)
+    lm, tokenizer = load(
+        model, hub_options(revision, cache_dir, local_files_only), progress, dtype=dtype, device=device,
+        max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
+    )  # fmt: skip
+    from transformers import TextStreamer
+
+    streaming = stream and not as_json
+    input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
+    parameters = greedy_parameters(lm.generation_config)
+    if eos_token_id:
+        parameters["eos_token_id"] = list(eos_token_id)
+    started = time.perf_counter()
+    output = lm.generate(
+        input_ids,
+        max_new_tokens=new_token_limit(max_new_tokens, lm, input_ids.shape[1]),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streaming else None,
+        **parameters,
+    )
+    seconds = time.perf_counter() - started
+    tokens = output[0, input_ids.shape[1] :].tolist()
+    result = {
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(len(tokens) / seconds, 2),
+        "launches": lm.kernel.runtime.num_launches,
+    }
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    if not streaming:
+        print(result["text"])
+    if progress:
+        launches = result["launches"]
+        note(
+            f"tri-mpk: {len(tokens)} tokens in {seconds:.2f} s ({result['tokens_per_second']:.1f} per second,"
+            f" prompt of {input_ids.shape[1]} included), {launches} launch{'' if launches == 1 else 'es'}"
+        )
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    max_seq_len: MaxSeqLenOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    num_workers: NumWorkersOption = None,
+    wait_bound_s: WaitBoundOption = 10.0,
+    eos_token_id: EosOption = None,
+    revision: RevisionOption = None,
+    cache_dir: CacheDirOption = None,
+    local_files_only: OfflineOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Talk to a model that has a chat template. Greedy; each answer is one kernel launch.
+
+    /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this.
+
+    \b
+    Example:
+      tri-mpk chat Qwen/Qwen3-8B --system "Answer in one sentence."
+    """
+    from transformers import AutoTokenizer
+
+    from tri_mpk.chat import converse
+    from tri_mpk.inspect import load_config
+
+    hub = hub_options(revision, cache_dir, local_files_only)
+    load_config(model, **hub)
+    if AutoTokenizer.from_pretrained(model, **hub).chat_template is None:
+        raise ValueError(f"{model} has no chat template, so it is no chat model; try: tri-mpk generate {model} PROMPT")
+    lm, tokenizer = load(
+        model, hub, progress, dtype=dtype, device=device, max_seq_len=max_seq_len, num_workers=num_workers,
+        wait_bound_s=wait_bound_s,
+    )  # fmt: skip
+    parameters = greedy_parameters(lm.generation_config)
+    if eos_token_id:
+        parameters["eos_token_id"] = list(eos_token_id)
+    converse(lm, tokenizer, system, max_new_tokens, parameters)
+
+
+# ---- inspect, compile, bench ----
+
+
+def planned(
+    model: str | None, geometry: str | None, dtype: str | None, max_seq_len: int | None, num_workers: int | None
+) -> tuple[Program, dict[str, object]]:
+    """The program for a model's GPU form, and what it was planned for."""
+    import torch
+
+    from tri_mpk.aot import check_compiler
+    from tri_mpk.geometries import geometry as named_geometry
+    from tri_mpk.inspect import H100_NUM_WORKERS, load_config, plan_config
+    from tri_mpk.loading import resolve_dtype, resolve_max_seq_len
+    from tri_mpk.models import describe
+    from tri_mpk.persistent_kernel import default_num_workers
+
+    check_compiler()
+    if (model is None) == (geometry is None):
+        raise ValueError("give either MODEL or --geometry NAME")
+    config: PreTrainedConfig = named_geometry(geometry) if geometry else load_config(model)
+    if num_workers is None and torch.cuda.is_available():
+        num_workers = default_num_workers(torch.device("cuda"))
+    elif num_workers is None:
+        num_workers = H100_NUM_WORKERS
+        note(f"tri-mpk: no GPU here, so planning for the {num_workers} SMs of an H100 or H200 (see --num-workers)")
+    describe(config, 2)  # before anything else is read from the config of an unknown family
+    resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
+    resolved_len = resolve_max_seq_len(max_seq_len, config)
+    program = plan_config(config, resolved_dtype, resolved_len, num_workers)
+    facts = {
+        "model": geometry or model,
+        "dtype": str(resolved_dtype).removeprefix("torch."),
+        "max_seq_len": resolved_len,
+    }
+    return program, facts
+
+
+@app.command()
+def inspect(
+    model: ConfigArgument = None,
+    geometry: GeometryOption = None,
+    num_workers: NumWorkersOption = None,
+    max_seq_len: MaxSeqLenOption = None,
+    dtype: DtypeOption = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length at which attention is looked at; default: 4096 or max-seq-len."),
+    ] = None,
+    per_op: Annotated[bool, typer.Option("--all", help="Each op of each layer, instead of layers together.")] = False,
+    as_json: JsonOption = False,
+    dot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write ops and events as Graphviz; '-': to standard output.")
+    ] = None,
+    layer: Annotated[str, typer.Option(help="Layer for --dot: a number, or all.")] = "0",
+) -> None:
+    """Plan a kernel without weights or a GPU and show its tasks, events, balance and critical path.
+
+    \b
+    Examples:
+      tri-mpk inspect Qwen/Qwen3-8B
+      tri-mpk inspect --geometry Llama-3.2-1B --json
+      tri-mpk inspect path/to/config.json --dot - | dot -Tsvg > layer.svg
+    """
+    from tri_mpk.inspect import dot as as_dot
+    from tri_mpk.inspect import inspect_program
+
+    if layer != "all" and not layer.isdigit():
+        raise ValueError(f"--layer {layer} is not supported; give a number or all")
+    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    longest = int(facts["max_seq_len"])
+    if context is not None and context > longest:
+        raise ValueError(f"--context {context} is more than max_seq_len={longest}; raise --max-seq-len")
+    facts |= inspect_program(program, context or min(4096, longest), per_op)
+    if dot is not None:
+        text = as_dot(program, None if layer == "all" else int(layer))
+        if dot == "-":
+            print(text, end="")
+            return
+        Path(dot).write_text(text)
+        note(f"tri-mpk: wrote {dot}")
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_inspection(facts)
+
+
+def print_inspection(facts: dict[str, Any]) -> None:
+    columns = {"op": "op", "name": "tile function", "variants": "variant", "calls": "calls", "tasks": "tasks"}
+    columns |= {"events": "events", "hops": "hops", "max": "KiB max", "mean": "mean", "imbalance": "max/mean"}
+    rows = []
+    for op in facts["ops"]:
+        sizes = {"max": kib(op["worker_max_bytes"]), "mean": kib(op["worker_mean_bytes"])}
+        rows.append(
+            op | sizes | {"variants": ", ".join(map(str, op["variants"])), "imbalance": f"{op['imbalance']:.3f}"}
+        )
+    attention = facts["attention"]
+    print(f"{facts['model']}: {facts['dtype']}, max_seq_len {facts['max_seq_len']}, {facts['num_workers']} workers")
+    print_table(columns, rows, wide_only="name")
+    print("KiB: of one call, busiest worker and mean over all workers; the most uneven call of each row")
+    print(
+        f"step       {facts['tasks']} tasks, {facts['events']} events, {facts['variants']} variants,"
+        f" {facts['bytes'] / 1e9:.3f} GB; busiest worker / mean {facts['imbalance']:.3f}"
+    )
+    print(f"critical   {facts['hops']} hops, {facts['hops_per_layer']} per layer")
+    print(
+        f"attention  {attention['coverage']:.1%} of the workers have some of {attention['context']} tokens to read"
+        f" ({attention['splits']} splits per KV head, blocks of {attention['block_kv']})"
+    )
+    print(f"proof      {facts['verify']['text']}")
+    print(f"planned    in {facts['planning_seconds']:.2f} s")
+    print(f"kernel     {facts['kernel']}")
+
+
+@app.command("compile")
+def compile_kernel(
+    model: ConfigArgument = None,
+    geometry: GeometryOption = None,
+    target: Annotated[str | None, typer.Option(metavar="sm_NN", help="Default: the present GPU, else sm_90.")] = None,
+    num_workers: NumWorkersOption = None,
+    max_seq_len: MaxSeqLenOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Compile a kernel ahead of time, without weights or a GPU; a later run takes it from Triton's cache.
+
+    \b
+    Examples:
+      tri-mpk compile Qwen/Qwen3-8B --target sm_90
+      tri-mpk compile --geometry Llama-3.2-1B --json
+    """
+    import torch
+
+    from tri_mpk.aot import DEFAULT_TARGET, compile_report, parse_target
+    from tri_mpk.generator import write_source
+
+    if target is None and torch.cuda.is_available():
+        target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    target = target or DEFAULT_TARGET
+    parse_target(target)
+    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    path = write_source(program.source)
+    with spinner(f"compiling for {target}, half a minute or so", progress):
+        resources = compile_report(path, target)
+    if as_json:
+        print(json.dumps(resources))
+        return
+    units = {"registers": "per thread", "spills": "instructions", "stack_bytes": "per thread", "seconds": "to compile"}
+    print(f"{facts['model']}: {facts['dtype']}, {program.num_workers} workers, {target}")
+    rows = [{"what": key, "value": value, "unit": units.get(key, "")} for key, value in resources.items()]
+    print_table({"what": "", "value": "", "unit": ""}, rows)
+    print(f"kernel  {path}")
+
+
+@app.command(cls=ManyValues)
+def bench(
+    geometry: Annotated[str, typer.Option("--geometry", metavar="NAME", help="Which model's shapes, as Qwen3-8B.")],
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequence lengths to measure at; several may follow. [64 512 4096]")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens per launch.")] = 32,
+    launches: Annotated[int, typer.Option(min=2, help="Launches per measurement.")] = 20,
+    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Also time the PyTorch baseline.")] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Also compare the results.")] = True,
+    device: DeviceOption = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the report; '-': to standard output.")
+    ] = None,
+    progress: ProgressOption = True,
+) -> None:
+    """Measure ms per token of a geometry with random weights.
+
+    \b
+    Example:
+      tri-mpk bench --geometry Qwen3-8B --context 64 512 4096 --json report.json
+    """
+    from tri_mpk.benchmark import run_bench
+
+    result = run_bench(
+        geometry, context or [64, 512, 4096], num_tokens=num_tokens, launches=launches, baseline=baseline, check=check,
+        device=device, progress=progress,
+    )  # fmt: skip
+    if json_file == "-":
+        print(json.dumps(result))
+        return
+    if json_file:
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
+        note(f"tri-mpk: wrote {json_file}")
+    columns = {key: key for row in result["rows"] for key, value in row.items() if not isinstance(value, dict | list)}
+    print_table(columns, result["rows"])
+
+
+def main() -> None:
+    """Entry point of `tri-mpk` and `python -m tri_mpk`."""
+    app(prog_name="tri-mpk")

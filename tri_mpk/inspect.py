@@ -1,0 +1,312 @@
+"""Look at a kernel before it runs: its tasks, events, balance and critical path. Needs neither weights nor a GPU."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from tri_mpk.errors import CheckpointError, UnsupportedModelError
+from tri_mpk.generator import write_source
+from tri_mpk.loading import empty_model
+from tri_mpk.model import PAGE_SIZE
+from tri_mpk.models import describe
+from tri_mpk.models.decoder import build
+from tri_mpk.persistent_kernel import PersistentKernel
+from tri_mpk.program import Program
+from tri_mpk.scheduler import STEP_EVENT, imbalance
+
+H100_NUM_WORKERS = 132  # SMs of an H100 or H200
+
+
+# ---- planning without a device ----
+
+
+def load_config(name_or_path: str, **hub: object) -> PreTrainedConfig:
+    """The config of a checkpoint folder, of a hub name, or of a config.json file."""
+    path = Path(name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **hub)
+    except (OSError, ValueError) as error:
+        if "model type" in str(error):
+            raise UnsupportedModelError(f"{name_or_path}: {error}".splitlines()[0]) from error
+        raise CheckpointError(f"cannot read the config of {name_or_path}: {error}".splitlines()[0]) from error
+
+
+def plan_config(config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int, num_workers: int) -> Program:
+    """The program that a GPU with `num_workers` SMs would run, planned on the meta device."""
+    shape = describe(config, max_seq_len)
+    step = torch.zeros(1, dtype=torch.int32, device="meta")
+    tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
+    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens])
+    build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
+    return kernel.plan()
+
+
+# ---- facts ----
+
+
+@dataclass(frozen=True, slots=True)
+class OpFacts:
+    """One op of the graph, or all ops that differ only in their layer."""
+
+    op: str  # label
+    name: str  # of its file in ops/
+    variants: tuple[int, ...]
+    calls: int
+    tasks: int
+    events: int  # that its tasks wait for
+    hops: int  # of the critical path that end in it
+    bytes: int  # per step, all calls
+    worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts
+    worker_mean_bytes: float
+    imbalance: float  # their ratio
+
+
+def split_label(label: str) -> tuple[int | None, str]:
+    """Layer and kind: `L03 gate_up` -> (3, "gate_up"), `lm_head` -> (None, "lm_head")."""
+    match = re.fullmatch(r"L(\d+) (.+)", label)
+    return (int(match[1]), match[2]) if match else (None, label)
+
+
+def critical_path(program: Program) -> list[int]:
+    """Tasks at the end of each hop (a signal and the wait for it) on a longest chain; the step event adds one more.
+
+    One symbolic run of the queues: a task runs when the one before it in its queue has run and its event is complete.
+    """
+    events, queues = program.events, program.schedule.queues
+    depth = [0] * len(program.graph.tasks)
+    previous = [-1] * len(depth)  # on the longest chain to a task
+    missing = [event.count for event in events.events]
+    deepest = [-1] * len(missing)  # producer of each event
+    next_slot = [0] * len(queues)
+    sleeping: dict[int, list[int]] = defaultdict(list)
+    awake = list(range(len(queues)))
+    while awake:
+        worker = awake.pop()
+        for task in queues[worker][next_slot[worker] :]:
+            event = events.wait[task]
+            if event >= 0 and missing[event]:
+                sleeping[event].append(worker)
+                break
+            if slot := next_slot[worker]:
+                previous[task] = queues[worker][slot - 1]
+                depth[task] = depth[previous[task]]
+            if event >= 0 and depth[deepest[event]] + 1 > depth[task]:
+                previous[task] = deepest[event]
+                depth[task] = depth[deepest[event]] + 1
+            next_slot[worker] += 1
+            for signal in events.signals[task]:
+                missing[signal] -= 1
+                if deepest[signal] < 0 or depth[task] > depth[deepest[signal]]:
+                    deepest[signal] = task
+                if not missing[signal]:
+                    awake += sleeping.pop(signal, ())
+    path, task = [], deepest[STEP_EVENT]
+    while task >= 0:
+        if depth[task] > (depth[previous[task]] if previous[task] >= 0 else 0):
+            path.append(task)
+        task = previous[task]
+    return path[::-1]
+
+
+def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
+    """One entry per op, or per kind of op with all layers together, in program order."""
+    graph = program.graph
+    group_of = [label if per_layer else split_label(label)[1] for label in graph.ops]
+    variants, waits, sent = defaultdict(set), defaultdict(set), Counter()
+    for index, task in enumerate(graph.tasks):
+        group = group_of[task.op]
+        variants[group].add(task.variant)
+        sent[group] += task.cost_bytes
+        if program.events.wait[index] >= 0:
+            waits[group].add(program.events.wait[index])
+    hops = Counter(group_of[graph.tasks[task].op] for task in critical_path(program))
+    balances = defaultdict(list)
+    for group, balance in zip(group_of, imbalance(graph, program.schedule), strict=True):
+        balances[group].append(balance)
+    facts = []
+    for group, calls in balances.items():
+        worst = max(calls, key=lambda balance: balance.ratio)
+        numbers = tuple(sorted(variants[group]))
+        facts.append(
+            OpFacts(
+                op=group,
+                name=program.variants[numbers[0]].op.name if numbers else "",
+                variants=numbers,
+                calls=len(calls),
+                tasks=sum(balance.num_tasks for balance in calls),
+                events=len(waits[group]),
+                hops=hops[group],
+                bytes=sent[group],
+                worker_max_bytes=worst.max_bytes,
+                worker_mean_bytes=round(worst.mean_bytes, 1),
+                imbalance=round(worst.ratio, 4),
+            )
+        )
+    return facts
+
+
+def attention_coverage(program: Program, context: int) -> dict[str, float | int]:
+    """How many workers have some of the KV cache to read when the new token is number `context` of its sequence.
+
+    A split without a block of older tokens is empty, but the last one has the new token. The least over all layers.
+    """
+    if context < 1:
+        raise ValueError(f"context={context} must be at least 1, the new token itself")
+    worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
+    busy: dict[int, set[int]] = {}
+    num_splits = block_kv = 0
+    for index, task in enumerate(program.graph.tasks):
+        variant = program.variants[task.variant]
+        if variant.op.name == "attention":
+            constants = dict(variant.constants)
+            num_splits, block_kv = constants["NUM_SPLITS"], constants["BLOCK_KV"]
+            num_blocks = -(-(context - 1) // block_kv)
+            _, split = task.tile
+            is_empty = split * num_blocks // num_splits == (split + 1) * num_blocks // num_splits
+            workers = busy.setdefault(task.op, set())
+            if not is_empty or split == num_splits - 1:
+                workers.add(worker_of[index])
+    num_busy = min(map(len, busy.values()), default=0)
+    return {
+        "context": context,
+        "splits": num_splits,
+        "block_kv": block_kv,
+        "busy_workers": num_busy,
+        "coverage": round(num_busy / program.num_workers, 4),
+    }
+
+
+def inspect_program(program: Program, context: int, per_layer: bool = False) -> dict[str, object]:
+    """Everything that `tri-mpk inspect` shows, ready for JSON."""
+    path = critical_path(program)
+    layer_hops = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in path)
+    layer_hops.pop(None, None)
+    worker_bytes = [sum(program.graph.tasks[t].cost_bytes for t in queue) for queue in program.schedule.queues]
+    report = program.report
+    return {
+        "num_workers": program.num_workers,
+        "tasks": len(program.graph.tasks),
+        "events": len(program.events.events),
+        "variants": len(program.variants),
+        "hops": len(path) + 1,
+        "hops_per_layer": max(layer_hops.values(), default=0),
+        "bytes": sum(worker_bytes),
+        "worker_max_bytes": max(worker_bytes),
+        "worker_mean_bytes": round(sum(worker_bytes) / len(worker_bytes), 1),
+        "imbalance": round(max(worker_bytes) * len(worker_bytes) / sum(worker_bytes), 4),
+        "attention": attention_coverage(program, context),
+        "ops": [asdict(facts) for facts in op_facts(program, per_layer)],
+        "verify": {
+            "tasks": report.num_tasks,
+            "events": report.num_events,
+            "pairs": report.num_pairs,
+            "reads": report.num_regions_covered,
+            "seconds": round(report.seconds, 3),
+            "text": str(report),
+        },
+        "kernel": str(write_source(program.source)),
+        "planning_seconds": round(program.seconds, 3),
+    }
+
+
+# ---- Graphviz ----
+
+
+def dot(program: Program, layer: int | None = None) -> str:
+    """Ops (boxes) and the events between them (ellipses) as a Graphviz digraph; of one layer, or of the whole graph.
+
+    Events between the same ops share an ellipse, which says how many signals each takes per step. Dashed ops belong to
+    other layers.
+    """
+    graph, events = program.graph, program.events.events
+    layers = [split_label(label)[0] for label in graph.ops]
+    if layer is not None and layer not in layers:
+        highest = max((n for n in layers if n is not None), default=None)
+        raise ValueError(f"layer={layer} does not exist; choose 0 to {highest}, or all")
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    for event in events:
+        sides = (tuple(sorted({graph.tasks[t].op for t in side})) for side in (event.producers, event.consumers))
+        groups[tuple(sides)].append(event.count)
+    if layer is not None:
+        groups = {key: counts for key, counts in groups.items() if any(layers[op] == layer for op in sum(key, ()))}
+    shown = sorted({op for producers, consumers in groups for op in (*producers, *consumers)})
+    return "\n".join(["digraph megakernel {", *_dot_ops(program, shown, layer), *_dot_events(groups), "}"]) + "\n"
+
+
+def _dot_ops(program: Program, shown: list[int], layer: int | None) -> Iterator[str]:
+    num_tasks = Counter(task.op for task in program.graph.tasks)
+    name = {task.op: program.variants[task.variant].op.name for task in program.graph.tasks}
+    yield "  node [shape=box, fontname=monospace];"
+    for op in shown:
+        label = program.graph.ops[op]
+        text = _dot_text(f"{label}\n{name[op]}\n{_count(num_tasks[op], 'task')}")
+        style = ", style=dashed" if layer is not None and split_label(label)[0] != layer else ""
+        yield f"  op{op} [label={text}{style}];"
+
+
+def _dot_events(groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]]) -> Iterator[str]:
+    for number, ((producers, consumers), counts) in enumerate(groups.items()):
+        name = _count(len(counts), "event") if consumers else "step event"
+        text = _dot_text(f"{name}\nsignals: {ranges(set(counts))}")
+        yield f"  events{number} [shape=ellipse, label={text}];"
+        yield from (f"  op{op} -> events{number};" for op in producers)
+        yield from (f"  events{number} -> op{op};" for op in consumers)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _dot_text(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+# ---- TRI_MPK_DEBUG=1 ----
+
+
+def print_debug(program: Program) -> None:
+    """Where the kernel's source lies, and one line per op, on standard error."""
+    graph, events = program.graph, program.events
+    tasks_of = defaultdict(list)
+    for index, task in enumerate(graph.tasks):
+        tasks_of[task.op].append(index)
+    worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
+    rows = [("op", "variant", "tasks", "waits for", "signals", "workers", "bytes")]
+    for op, tasks in tasks_of.items():
+        rows.append(
+            (
+                graph.ops[op],
+                ranges({graph.tasks[t].variant for t in tasks}),
+                str(len(tasks)),
+                ranges({events.wait[t] for t in tasks} - {-1}),
+                ranges({event for t in tasks for event in events.signals[t]}),
+                ranges({worker_of[t] for t in tasks}),
+                str(sum(graph.tasks[t].cost_bytes for t in tasks)),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"tri_mpk: kernel {write_source(program.source)}", file=sys.stderr)
+    print(f"tri_mpk: {program.report}", file=sys.stderr)
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`{1, 2, 3, 7}` -> `1-3,7`; the empty set -> `-`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in parts) or "-"
