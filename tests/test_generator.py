@@ -173,7 +173,7 @@ def test_waits_acquire_and_signals_release(portable):
     index = list(signature).index("PORTABLE")
     source = ASTSource(fn=wait_then_signal, signature=signature, constexprs={(index,): portable})
     ptx = triton.compile(source, target=parse_target("sm_90"), options={"num_warps": 16}).asm["ptx"]
-    acquire = r"atom\.global\.gpu\.acquire\.add" if portable else r"ld\.acquire\.gpu\.global\.s32"
+    acquire = r"ld\.global\.gpu\.acquire" if portable else r"ld\.acquire\.gpu\.global\.s32"
     release = r"atom\.global\.gpu\.release\.add" if portable else r"red\.release\.gpu\.global\.add"
     places = {
         name: [match.start() for match in re.finditer(pattern, ptx)]

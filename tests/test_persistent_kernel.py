@@ -271,5 +271,5 @@ def test_reading_what_nobody_writes_is_refused(mpk):
     hole = mpk.new_tensor((8,), torch.float32, name="hole")
     mpk.linear_with_residual_layer(input=hole, weight=attach(mpk, 8, 8), residual=attach(mpk, 8), output=attach(mpk, 8))
     mpk.argmax_layer(input=(attach(mpk, 1), attach(mpk, 1, dtype=torch.int32)))
-    with pytest.raises(ValueError, match=r"unwritten read.*hole\[0:8\]"):
+    with pytest.raises(ValueError, match=r"unwritten read.*hole\[.*0:8\]"):
         mpk.plan()
