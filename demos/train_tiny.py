@@ -121,9 +121,7 @@ def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(inputs), torch.tensor(labels)
 
 
-def epoch_batches(
-    rows: list[list[int]], batch_size: int, rng: random.Random
-) -> Iterator[list[list[int]]]:
+def epoch_batches(rows: list[list[int]], batch_size: int, rng: random.Random) -> Iterator[list[list[int]]]:
     """Every document once, half of them from a random token on; like lengths share a batch."""
     starts = [rng.randrange(len(row) - 2) if rng.random() < 0.5 else 0 for row in rows]
     cut = [row[start:] for row, start in zip(rows, starts, strict=True)]
@@ -136,9 +134,7 @@ def epoch_batches(
 def train(model: LlamaForCausalLM, rows: list[list[int]], args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     steps = args.epochs * -(-len(rows) // args.batch_size)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
@@ -169,9 +165,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def report_recital(
-    model: LlamaForCausalLM, rows: list[list[int]], num_prompt_tokens: int = 6
-) -> None:
+def report_recital(model: LlamaForCausalLM, rows: list[list[int]], num_prompt_tokens: int = 6) -> None:
     """Loss, margins and verbatim recitals of all documents, from one forward pass each.
 
     If the true next token wins at every position, greedy decoding follows the document exactly.
@@ -198,9 +192,7 @@ def report_prompt(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, p
     text = tokenizer.decode(ids, skip_special_tokens=True)
     stop = END_OF_TEXT if ids[-1] == tokenizer.eos_token_id else "(length limit)"
     print(f"\n>>> {prompt}|{text}{stop}")
-    print(
-        f"[{num_prompt_tokens} + {len(ids)} tokens] {describe(top2_margin(torch.cat(out.logits)))}"
-    )
+    print(f"[{num_prompt_tokens} + {len(ids)} tokens] {describe(top2_margin(torch.cat(out.logits)))}")
 
 
 def top2_margin(logits: Tensor) -> Tensor:
@@ -251,9 +243,7 @@ def main() -> None:
     save_tokenizer(tokenizer, args.out)
 
     # Judge the files, not the model in memory: bf16 weights, arithmetic in fp32.
-    model = LlamaForCausalLM.from_pretrained(
-        args.out, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32, attn_implementation="eager")
     report_recital(model, rows)
     for prompt in PROMPTS:
         report_prompt(model, tokenizer, prompt)

@@ -163,7 +163,7 @@ def cut_attention(
             "PAGE_SIZE": page_size,
             "SCALE": scale,
             "NORM": q_norm is not None,
-            "EPS": eps,
+            "EPS": eps if q_norm is not None else 0.0,  # equal shapes share a kernel
             "BLOCK_H": next_power_of_2(group) if group > 16 else 16,  # the least that tl.dot takes
             "BLOCK_DH": next_power_of_2(head_dim),
             "BLOCK_KV": block_kv,

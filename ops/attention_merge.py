@@ -70,7 +70,8 @@ def cut_attention_merge(
             Task(
                 op=0,
                 tile=(head,),
-                reads=tuple(t.box((0, num_splits), (head, head + 1)) for t in (acc, row_max, row_sum)) + (step.whole(),),
+                reads=tuple(t.box((0, num_splits), (head, head + 1)) for t in (acc, row_max, row_sum))
+                + (step.whole(),),
                 writes=(output.span(head * head_dim, (head + 1) * head_dim),),
                 cost_bytes=4 * num_splits * (head_dim + 2),
                 fields={name: Address(tensor.name) for name, tensor in pointers.items()} | {"head": head},

@@ -96,7 +96,7 @@ def cut_linear_residual(
         },
         {"x_ptr": input, "bias_ptr": bias or input, "residual_ptr": residual, "y_ptr": output},
     )
-    for lo, hi in even_ranges(num_rows * split_k, min(num_rows, grid_dim or machine.num_workers)):
+    for lo, hi in even_ranges(num_rows * split_k, min(num_rows * split_k, grid_dim or machine.num_workers)):
         for part in range(lo // num_rows, -(-hi // num_rows)):
             row_lo = max(lo - part * num_rows, 0)
             row_hi = min(hi - part * num_rows, num_rows)

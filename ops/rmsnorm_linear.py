@@ -45,7 +45,9 @@ def rmsnorm_linear_tile(
     return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
 
 
-def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine, col0: int = 0, cols: int = 0) -> WeightStream:
+def linear_stream(
+    weight: TensorHandle, lo: int, hi: int, machine: Machine, col0: int = 0, cols: int = 0
+) -> WeightStream:
     """Rows lo to hi of a matrix [N, K], from column col0 on: row group 1 follows row group 0."""
     row_stride = weight.dims[1]
     return WeightStream(

@@ -59,10 +59,7 @@ class AccessHistory:
         if not self._boxes:
             return []
         if len(box) != len(self._lo):
-            raise ValueError(
-                f"one tensor is addressed with {len(self._lo)} and with {len(box)} coordinates: "
-                f"{box}"
-            )
+            raise ValueError(f"one tensor is addressed with {len(self._lo)} and with {len(box)} coordinates: {box}")
         # Never between the questions and the records of one task: nothing dies in between.
         if self._num_dead > 64 + len(self._boxes) // 2:
             self._compact()
@@ -86,9 +83,7 @@ class AccessHistory:
     def _append(self, kind: int, box: Box, tasks: int, ancestors: int) -> int:
         entry = len(self._boxes)
         if len(self._lo) != len(box):
-            self._lo, self._hi = (
-                np.zeros((len(box), len(self._kind)), dtype=np.int64) for _ in "lh"
-            )
+            self._lo, self._hi = (np.zeros((len(box), len(self._kind)), dtype=np.int64) for _ in "lh")
         if entry == len(self._kind):
             self._kind = np.concatenate([self._kind, np.zeros_like(self._kind)])
             self._lo = np.concatenate([self._lo, self._lo], axis=1)

@@ -13,9 +13,7 @@ def is_empty(box: Box) -> bool:
 
 def intersect(a: Box, b: Box) -> Box | None:
     """The common part, or None: `((0, 4),)` and `((2, 8),)` share `((2, 4),)`, `()` meets `()`."""
-    common = tuple(
-        (max(a_lo, b_lo), min(a_hi, b_hi)) for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b, strict=True)
-    )
+    common = tuple((max(a_lo, b_lo), min(a_hi, b_hi)) for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b, strict=True))
     return None if is_empty(common) else common
 
 

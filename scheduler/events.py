@@ -123,10 +123,7 @@ def _edges_by_ops(graph: TaskGraph, edges: dict[int, Event]) -> dict[tuple, list
     """The events between the same ops: merging those keeps the shape of the graph, op by op."""
     classes = defaultdict(list)
     for edge, event in edges.items():
-        ops = [
-            frozenset(graph.tasks[t].op for t in side)
-            for side in (event.producers, event.consumers)
-        ]
+        ops = [frozenset(graph.tasks[t].op for t in side) for side in (event.producers, event.consumers)]
         classes[tuple(ops)].append(edge)
     return classes
 
@@ -142,9 +139,7 @@ def _may_merge(a: Event, b: Event) -> bool:
     return last_producer < min(a.consumers[0], b.consumers[0])
 
 
-def _merge_chain(
-    same_ops: list[int], edges: dict[int, Event], signals: dict[int, set[int]]
-) -> None:
+def _merge_chain(same_ops: list[int], edges: dict[int, Event], signals: dict[int, set[int]]) -> None:
     alive = sorted((e for e in same_ops if e in edges), key=lambda e: edges[e].consumers[0])
     for edge, following in zip(alive, alive[1:], strict=False):
         if _may_merge(edges[edge], edges[following]):

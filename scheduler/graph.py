@@ -71,9 +71,7 @@ class TensorInfo:
 
 @dataclass(slots=True)
 class TaskGraph:
-    ops: list[str] = field(
-        default_factory=list
-    )  # names for people, e.g. "L03 gate_up", in program order
+    ops: list[str] = field(default_factory=list)  # names for people, e.g. "L03 gate_up", in program order
     tasks: list[Task] = field(default_factory=list)  # program order
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
 

@@ -17,9 +17,7 @@ class TensorAccesses:
     def __init__(self, tensor: str) -> None:
         self.tensor = tensor
         self.boxes: list[Box] = []
-        self.by_task: dict[
-            int, tuple[list[int], list[int]]
-        ] = {}  # task -> numbers of boxes (read, written)
+        self.by_task: dict[int, tuple[list[int], list[int]]] = {}  # task -> numbers of boxes (read, written)
         self._numbers: dict[Box, int] = {}
 
     def add(self, task: int, box: Box, is_write: bool) -> None:

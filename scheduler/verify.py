@@ -96,8 +96,7 @@ def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
                 )
             if task in placed:
                 raise MalformedScheduleError(
-                    f"{graph.task_name(task)} is queued twice, on workers {placed[task]} and "
-                    f"{worker}; remove one"
+                    f"{graph.task_name(task)} is queued twice, on workers {placed[task]} and {worker}; remove one"
                 )
             placed[task] = worker
     if len(placed) < len(graph.tasks):
@@ -152,16 +151,10 @@ def _check_counts(graph: TaskGraph, events: Events) -> None:
         raise CountError(_count_text(graph, events, STEP_EVENT, None, 0))
 
 
-def _count_text(
-    graph: TaskGraph, events: Events, event: int, waiter: int | None, signalled: int
-) -> str:
+def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None, signalled: int) -> str:
     count = events.events[event].count
     who = "every worker" if waiter is None else graph.task_name(waiter)
-    outcome = (
-        "the wait never ends"
-        if count > signalled
-        else "the surplus adds up until the wait orders nothing"
-    )
+    outcome = "the wait never ends" if count > signalled else "the surplus adds up until the wait orders nothing"
     producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals]
     signallers = ", ".join(producers[:3]) + (", ..." if len(producers) > 3 else "") or "no task"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)

@@ -201,9 +201,7 @@ def bucket(context: int, max_seq_len: int | None = None) -> int:
     return power if max_seq_len is None else min(power, max_seq_len)
 
 
-def copy_bandwidth_gbps(
-    device: torch.device | str, buffer_bytes: int = 4 << 30, repeats: int = 9
-) -> float:
+def copy_bandwidth_gbps(device: torch.device | str, buffer_bytes: int = 4 << 30, repeats: int = 9) -> float:
     """Device-to-device copy bandwidth in GB/s: bytes read plus bytes written, median."""
     source = torch.ones(buffer_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -227,9 +225,7 @@ def _time_decoder(
     start = time.perf_counter()
     if inductor_mode is not None:
         torch.compiler.reset()  # each bucket is compiled for its own static shapes
-        next_token = torch.compile(
-            decoder.next_token, mode=inductor_mode, fullgraph=True, dynamic=False
-        )
+        next_token = torch.compile(decoder.next_token, mode=inductor_mode, fullgraph=True, dynamic=False)
         next_token(token, position)
     compile_s = time.perf_counter() - start
 
@@ -254,9 +250,7 @@ def _capture(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _sample_ms(
-    call: Callable[[], object], device: torch.device, samples: int, replays: int
-) -> list[float]:
+def _sample_ms(call: Callable[[], object], device: torch.device, samples: int, replays: int) -> list[float]:
     """`samples` times in ms per call, each the mean of `replays` calls in a row."""
     for _ in range(replays):
         call()

@@ -6,7 +6,6 @@ bandwidth, all in one run, and holds our logits against the fp32 reference on th
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import os
@@ -267,7 +266,6 @@ def prepare(
     def build() -> CausalLM:
         return from_model(hf_model, max_seq_len=max_seq_len, progress=progress)
 
-    rotary = copy.deepcopy(hf_model.model.rotary_emb)
     say("our kernel, with empty caches")
     with empty_caches():
         model = build()
@@ -276,7 +274,6 @@ def prepare(
         free_memory()
         model = build()
         cached_s = compile_seconds(model)
-    hf_model.model.rotary_emb = rotary  # from_model converts its fp32 frequencies too, which the reference needs
     free_memory()  # the first kernel's packed weights
     say(f"compiled in {cold_s:.1f} s, again in {cached_s:.1f} s")
     fill_cache(model)

@@ -114,7 +114,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     carry = load_next(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, {weight}, ALIGN, BLOCK_N, BLOCK_K)
     running = num_tasks > 0
     while running:
-        for slot in tl.range(0, num_tasks, num_stages=1):
+        # nothing is hoisted out of the variants: it would hold registers in all of them
+        for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task_ptr = worker_queue_ptr + slot * TASK_WORDS
             variant = int_field(task_ptr, TASK_VARIANT)'''.split("\n")
     for i, variant in enumerate(variants):
@@ -125,10 +126,12 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
         yield f"                {call}"
         yield from (f"                    {argument}," for argument in _arguments(variant, weight))
         yield "                )"
-    yield from '''\
-        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)  # the step event
-        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
-        epoch += 1'''.split("\n")
+    yield from (
+        "        # the step event",
+        "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
+        "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
+        "        epoch += 1",
+    )
 
 
 def _arguments(variant: Variant, weight: str) -> Iterator[str]:

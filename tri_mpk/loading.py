@@ -89,8 +89,8 @@ def from_model(
     wait_bound_s: float = 10.0,
     progress: bool = True,
 ) -> CausalLM:
-    """A transformers causal LM. Its weights are used where they lie (moved and converted first if need be), so training
-    it further changes what the kernel computes.
+    """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be): the
+    model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
     """
     if model.config.model_type not in FAMILIES:
         describe(model.config, 1)
@@ -98,10 +98,13 @@ def from_model(
     dtype = resolve_dtype(dtype or (model.dtype if device.type != "cpu" else None), device, model.config)
     max_seq_len = resolve_max_seq_len(max_seq_len, model.config)
     describe(model.config, max_seq_len)
-    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
     for name, weight in model.named_parameters():
+        weight.data = weight.data.to(dtype)  # parameters only: the rotary module's frequencies must stay in fp32
         if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}")
+            raise CheckpointError(
+                f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
+            )
     return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress)
 
 
@@ -160,6 +163,11 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         if not torch.cuda.is_available():
             raise DeviceError("device='cuda' was asked for, but PyTorch sees no CUDA GPU here; use device='cpu'")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise DeviceError(
+            "TRITON_INTERPRET is set in this process, which would keep Triton from compiling; unset it:"
+            " on a CPU the kernel is interpreted in processes of its own"
+        )
     if device.type == "cpu":
         import numpy
 
@@ -207,7 +215,9 @@ def check_memory(
         return
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed = int(memory_bytes(config, shape, dtype, max_seq_len) * 1.02) + (256 << 20)  # queues, buffers, one packed layer
+    needed = int(memory_bytes(config, shape, dtype, max_seq_len) * 1.02) + (
+        256 << 20
+    )  # queues, buffers, one packed layer
     if needed > free:
         raise DeviceError(
             f"{needed / 2**30:.1f} GiB are needed on {device} (weights and a KV cache for {max_seq_len} tokens),"

@@ -43,9 +43,7 @@ class CausalLM:
         self.shape: DecoderShape = describe(model.config, max_seq_len)
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
-        self.kernel = PersistentKernel(
-            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s
-        )
+        self.kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s)
         build(self.kernel, self.shape, model, PAGE_SIZE, progress)
         self._lock = threading.Lock()  # one launch at a time
 
@@ -101,8 +99,8 @@ class CausalLM:
                         streamer.put(torch.tensor([token]))
             finally:
                 tokens.close()  # asks the kernel to stop, and waits for it, if anything above raised
-        if streamer is not None:
-            streamer.end()
+                if streamer is not None:
+                    streamer.end()  # also after Ctrl-C: text streamers hold back the last word
         device = input_ids.device if isinstance(input_ids, torch.Tensor) else self.device
         return torch.cat((request.prompt, torch.tensor(new_tokens, dtype=torch.int64)))[None].to(device)
 
@@ -132,5 +130,3 @@ class CausalLM:
 
     def eval(self) -> CausalLM:
         return self
-
-

@@ -98,9 +98,7 @@ class PersistentKernel:
             raise ValueError(f"{name} is not 16-byte aligned; attach a copy (.clone())")
         return self._add(TensorHandle(name, tuple(tensor.shape), tensor.dtype, tensor))
 
-    def new_tensor(
-        self, dims: tuple[int, ...], dtype: torch.dtype, name: str, symmetric: bool = False
-    ) -> TensorHandle:
+    def new_tensor(self, dims: tuple[int, ...], dtype: torch.dtype, name: str, symmetric: bool = False) -> TensorHandle:
         """A tensor for values between ops, allocated by `compile`."""
         if symmetric:
             raise NotImplementedError(f"{name}: symmetric tensors come with several GPUs; pass symmetric=False")
@@ -224,7 +222,9 @@ class PersistentKernel:
         """
         _, num_kv_heads, page_size, head_dim = k_cache.dims
         if num_q_heads % num_kv_heads:
-            raise ValueError(f"num_q_heads={num_q_heads} must be a multiple of the {num_kv_heads} heads of the KV cache")
+            raise ValueError(
+                f"num_q_heads={num_q_heads} must be a multiple of the {num_kv_heads} heads of the KV cache"
+            )
         _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
         _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
         _check_dims("attention_layer", output, "output", (num_q_heads * head_dim,))
@@ -295,8 +295,12 @@ class PersistentKernel:
         if self.program is None:
             if not any(call.op is ARGMAX for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
-            weights = [t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None]
-            streamed = [t for call in self.calls for n, t in call.tensors.items() if t in weights and n.startswith("weight")]
+            weights = [
+                t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
+            ]
+            streamed = [
+                t for call in self.calls for n, t in call.tensors.items() if t in weights and n.startswith("weight")
+            ]
             dtypes = {t.dtype for t in streamed}
             if len(dtypes) > 1:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
@@ -324,6 +328,11 @@ class PersistentKernel:
 
     def launch(self, request: LaunchRequest) -> Iterator[int]:
         """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
+        chooses = request.last_step + 1 >= request.num_known
+        if request.last_step + chooses >= self.max_seq_len:
+            raise ValueError(
+                f"last_step={request.last_step} does not fit the {self.max_seq_len} positions of tokens; choose a smaller one"
+            )
         self.compile()
         return self.runtime.run(request)
 

@@ -181,9 +181,7 @@ def _cast(weights: Any, dtype: torch.dtype) -> Any:
     return type(weights)(*cast) if isinstance(weights, LayerWeights) else tuple(cast)
 
 
-def rotary_tables(
-    hf_model: PreTrainedModel, positions: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(hf_model: PreTrainedModel, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin [len(positions), head_dim], rounded to `dtype` as in the model's forward."""
     like = torch.empty(0, dtype=dtype, device=positions.device)
     cos, sin = hf_model.model.rotary_emb(like, positions[None])

@@ -60,7 +60,7 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
             aborted = tl.load(control_ptr + CONTROL_ABORT, volatile=True) != 0
             polls = tl.where(aborted, bound, polls + 1)
         if seen - wanted < 0:
-            if tl.atomic_cas(control_ptr + CONTROL_ABORT, 0, 1, sem="relaxed", scope="gpu") == 0:
+            if tl.atomic_cas(control_ptr + CONTROL_ABORT, bound * 0, bound * 0 + 1, sem="relaxed", scope="gpu") == 0:
                 tl.store(control_ptr + CONTROL_STUCK_TASK, task_idx)
                 tl.store(control_ptr + CONTROL_STUCK_SEEN, seen)
                 tl.store(control_ptr + CONTROL_STUCK_WANTED, wanted)
@@ -115,13 +115,14 @@ def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
             if counter >= 0:
                 tl.atomic_add(event_ptr + counter, 1, sem="release", scope="gpu")
     else:
-        # Lane i < 4 of the last warp signals the i-th event, so that the first warp may go on to wait for the next task's.
+        # Lane i < 4 of the last warp signals the i-th event: the first warp may go on to wait for the next task's.
         tl.inline_asm_elementwise(
             """{
             .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
             bar.sync 0;
             mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
-            mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first; and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
+            mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
+            and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
             selp.s32 a, b, a, p; selp.s32 c, d, c, p;
             setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
             setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
@@ -634,7 +635,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     carry = load_next(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, tl.bfloat16, ALIGN, BLOCK_N, BLOCK_K)
     running = num_tasks > 0
     while running:
-        for slot in tl.range(0, num_tasks, num_stages=1):
+        # nothing is hoisted out of the variants: it would hold registers in all of them
+        for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task_ptr = worker_queue_ptr + slot * TASK_WORDS
             variant = int_field(task_ptr, TASK_VARIANT)
             if variant == 0:  # embedding
@@ -847,6 +849,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
                     BLOCK=256,
                     PORTABLE=PORTABLE,
                 )
-        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)  # the step event
+        # the step event
+        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1

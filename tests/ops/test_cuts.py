@@ -103,9 +103,6 @@ def test_linear_residual(num_rows, k, num_workers):
     check_linear_residual(num_rows, k, num_workers)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with fewer rows than workers, a split K makes no more tasks than there are rows"
-)
 def test_linear_residual_with_few_rows():
     check_linear_residual(num_rows=64, k=8192, num_workers=132)
 

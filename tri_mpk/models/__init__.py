@@ -26,7 +26,9 @@ def describe(config: PreTrainedConfig, max_seq_len: int) -> DecoderShape:
     """The decoder of a config. Raises UnsupportedModelError for what is not implemented, by name."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModelError(f"model_type={config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantized checkpoints are not supported; load one in bfloat16, float16 or float32")
     return family(config, max_seq_len)

@@ -37,7 +37,9 @@ def describe_decoder(config: PreTrainedConfig, max_seq_len: int, qk_norm: bool =
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise UnsupportedModelError(f"{name}: rope_type={rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise UnsupportedModelError(
+            f"{name}: rope_type={rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(f"{name}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
