@@ -1,6 +1,7 @@
 """Attention of one new token over a paged KV cache, split over the KV length.
 
-qkv [(H + 2 Hkv) * Dh] read | q, k gain [Dh] read | cos, sin [max_seq_len, Dh] fp32 read | page_table [num_pages] int32 read
+qkv [(H + 2 Hkv) * Dh] read | q, k gain [Dh] read | cos, sin [max_seq_len, Dh] fp32 read
+page_table [num_pages] int32 read
 k, v cache [num_pages, Hkv, page_size, Dh] read and appended to | acc [S, H, Dh], max, sum [S, H] fp32 written
 The new token's q and k are normalised (Qwen3) and rotated here. Split s of S takes blocks s*n//S to (s+1)*n//S of the n
 blocks of older tokens, as an online softmax in base 2; the last split also takes the new token, from registers, and

@@ -7,7 +7,7 @@ One task = consecutive rows of one part of K. Source: transformers LlamaDecoderL
 
 Three parts over four workers, 8 rows: the 24 (part, row) pairs are dealt out evenly, in this order.
 
-    worker 0: part 0 rows 0-5 | worker 1: part 0 rows 6-7, part 1 rows 0-3 | worker 2: part 1 rows 4-7, part 2 rows 0-1 | ...
+    worker 0: part 0 rows 0-5 | worker 1: part 0 rows 6-7, part 1 rows 0-3 | worker 2: part 1 rows 4-7, part 2 rows 0-1
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def linear_residual_tile(
             base0 += tl.load(bias_ptr + row0 + row, mask=adds0, other=0.0).to(tl.float32)
             base1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=adds1, other=0.0).to(tl.float32)
         carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr + part * K_PART, x_ptr, weight_addr, BLOCK_N * ROW_STRIDE * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            carry, x_ptr + part * K_PART, x_ptr,
+            weight_addr, BLOCK_N * ROW_STRIDE * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
             K_PART, ROW_STRIDE, BLOCK_N, 1, 0, False, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         ptr = y_ptr + part * N + row0 + row

@@ -1,8 +1,9 @@
 """Final RMSNorm, language model head and the first half of argmax: logits = W @ (x_hat * gain).
 
-x [D] fp32 in parts read | gain [D] read | W [V, D] read | logits [V] fp32 written | best value, index [num_tasks] written
-One task = consecutive rows of the vocabulary; it also leaves its largest logit and that logit's index (the lowest one on
-a tie). Positions before CONTROL_LOGITS_FROM (the prompt) need no logits: their tasks only signal.
+x [D] fp32 in parts read | gain [D] read | W [V, D] read | logits [V] fp32 written
+best value, index [num_tasks] written
+One task = consecutive rows of the vocabulary; it also leaves its largest logit and that logit's index (the lowest one
+on a tie). Positions before CONTROL_LOGITS_FROM (the prompt) need no logits: their tasks only signal.
 Source: transformers LlamaForCausalLM.
 """
 

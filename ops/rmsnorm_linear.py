@@ -2,7 +2,8 @@
 
 x [D] fp32 in parts read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
 The norm is one scalar at the end of the dot product: y = rsqrt(mean(x^2) + eps) * (W @ (gain * x)).
-One task = consecutive rows = their share of the bytes of W. Source: arXiv:1910.07467; transformers Qwen3RMSNorm, nn.Linear.
+One task = consecutive rows = their share of the bytes of W.
+Source: arXiv:1910.07467; transformers Qwen3RMSNorm, nn.Linear.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A signal is a CTA barrier and then `red.release`; a wait is one thread polling `
 exist in a portable form (Triton atomics; what the interpreter runs) and as PTX, behind the constexpr PORTABLE.
 
 Every wait is bounded. A worker whose bound is exceeded raises the abort flag with what it saw; all later waits give up
-at once, so that every worker reaches the end of its queue, sees the flag and leaves. Nothing checks the flag on the fast
-path.
+at once, so that every worker reaches the end of its queue, sees the flag and leaves. Nothing checks the flag on the
+fast path.
 """
 
 import triton
@@ -59,7 +59,7 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
             seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
             aborted = tl.load(control_ptr + CONTROL_ABORT, volatile=True) != 0
             polls = tl.where(aborted, bound, polls + 1)
-        if seen - wanted < 0:
+        if seen - wanted < 0:  # noqa: SIM102  Triton evaluates both sides of `and`
             if tl.atomic_cas(control_ptr + CONTROL_ABORT, bound * 0, bound * 0 + 1, sem="relaxed", scope="gpu") == 0:
                 tl.store(control_ptr + CONTROL_STUCK_TASK, task_idx)
                 tl.store(control_ptr + CONTROL_STUCK_SEEN, seen)

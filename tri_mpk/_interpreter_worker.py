@@ -27,8 +27,8 @@ from triton.runtime import interpreter  # noqa: E402
 def tune_interpreter() -> None:
     """Halves the time of Triton 3.6's interpreter, which per call of a device function spends a millisecond.
 
-    It checks every sum for overflow (event counters may wrap around, so the check would also be wrong here), and patches
-    triton.language anew for every call of a device function, though once per launch and module is enough.
+    It checks every sum for overflow (event counters may wrap around, so the check would also be wrong here), and
+    patches triton.language anew for every call of a device function, though once per launch and module is enough.
     """
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -89,8 +89,8 @@ def from_model(
     wait_bound_s: float = 10.0,
     progress: bool = True,
 ) -> CausalLM:
-    """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be): the
-    model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
+    """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be):
+    the model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
     """
     if model.config.model_type not in FAMILIES:
         describe(model.config, 1)

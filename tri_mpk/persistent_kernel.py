@@ -266,7 +266,7 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
     ) -> None:
-        """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): output [num_tasks] each."""
+        """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): `output`, [num_tasks]."""
         vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
         _check_dims("lm_head_layer", input, "input", (hidden_size,))
         _check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
@@ -331,7 +331,7 @@ class PersistentKernel:
         chooses = request.last_step + 1 >= request.num_known
         if request.last_step + chooses >= self.max_seq_len:
             raise ValueError(
-                f"last_step={request.last_step} does not fit the {self.max_seq_len} positions of tokens; choose a smaller one"
+                f"last_step={request.last_step} does not fit the {self.max_seq_len} positions of tokens; choose less"
             )
         self.compile()
         return self.runtime.run(request)

@@ -1,7 +1,7 @@
 """Model families: from a Hugging Face config to a description that `decoder.build` turns into a graph.
 
-A family is one file with a function `describe(config, max_seq_len) -> DecoderShape` that refuses by name what it does not
-implement. To add one, write that file and name it in FAMILIES.
+A family is one file with a function `describe(config, max_seq_len) -> DecoderShape` that refuses by name what it does
+not implement. To add one, write that file and name it in FAMILIES.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def describe_decoder(config: PreTrainedConfig, max_seq_len: int, qk_norm: bool =
         )
     if max_seq_len > config.max_position_embeddings:
         raise ValueError(
-            f"max_seq_len={max_seq_len} is more than the model's {config.max_position_embeddings} positions; choose less"
+            f"max_seq_len={max_seq_len} exceeds the model's {config.max_position_embeddings} positions; choose less"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not 32 <= head_dim <= 256 or head_dim % 2:
