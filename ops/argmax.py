@@ -2,7 +2,8 @@
 
 best value, index [num_parts] read | tokens [max_seq_len] int64 written | step [1] int32 read and written
 A single task. The token goes to tokens[step + 1] and to the host's mailbox, unless the prompt goes on; a tie goes to
-the lowest index. It also reads the host's stop request, so that nobody else has to. Source: torch.argmax, GenerationMixin.
+the lowest index. It also reads the host's stop request, so that nobody else has to.
+Source: torch.argmax, GenerationMixin.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A stage is four register tiles [BLOCK_N, BLOCK_K]: two groups of rows times two groups of columns. Two stages are in
 flight, named `carry`; while one is multiplied the other is on its way. The last stages of a task are followed by the
-first stages of the worker's next weight-reading task, loaded after the signal (a release fence waits for loads in flight) and
-before that task's wait, so that the weight stream does not drain while a worker waits.
+first stages of the worker's next weight-reading task, loaded after the signal (a release fence waits for loads in
+flight) and before that task's wait, so that the weight stream does not drain while a worker waits.
 
 With BLOCK_N = num_warps and BLOCK_K = 256, a warp owns a row and a lane loads 16 bytes of bf16: neither the dot
 products nor the normalisation need a CTA barrier. Activations are loaded by every warp for itself for the same reason.
