@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
@@ -246,16 +245,3 @@ def import_source(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
-
-
-__all__ = [
-    "KernelConstants",
-    "Variant",
-    "cache_dir",
-    "field_names",
-    "generate",
-    "import_source",
-    "task_words",
-    "triton",
-    "write_source",
-]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -40,6 +41,7 @@ class CausalLM:
         self.device = device
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.max_seq_len = max_seq_len
+        self.progress = progress
         self.shape: DecoderShape = describe(model.config, max_seq_len)
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
@@ -49,7 +51,12 @@ class CausalLM:
 
     def compile(self) -> None:
         """Plans, verifies, generates and compiles the kernel now instead of at the first use."""
-        self.kernel.compile()
+        if self.kernel.runtime is None:
+            with tqdm(total=2, desc="compiling", disable=not self.progress, leave=False) as bar:
+                self.kernel.plan()
+                bar.update()
+                self.kernel.compile()
+                bar.update()
 
     def _launch(self, tokens: torch.Tensor, request: LaunchRequest):
         self.compile()
