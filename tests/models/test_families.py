@@ -115,7 +115,7 @@ def test_quantized_checkpoint_is_refused():
 
 
 def test_more_positions_than_the_model_has():
-    with pytest.raises(ValueError, match="max_seq_len=513 is more than the model's 512"):
+    with pytest.raises(ValueError, match="max_seq_len=513 exceeds the model's 512"):
         describe(tiny_config(), 513)
 
 
