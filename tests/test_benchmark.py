@@ -257,7 +257,4 @@ def test_report_without_results(tmp_path: Path):
 
 
 def test_the_readme_is_up_to_date(capsys: pytest.CaptureFixture[str]):
-    readme = REPOSITORY / "README.md"
-    if not readme.exists() or report_py.START not in readme.read_text():
-        pytest.skip("the README has no benchmark table")
     assert report_py.main(["--check"]) == 0, capsys.readouterr().err

@@ -25,7 +25,7 @@ from tri_mpk.scheduler.graph import STEP_EVENT
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = prompt(2)
 NEW_TOKENS = 3
-FEW_POLLS_S = 0.4  # a wait bound that a sane launch of a tiny model never reaches within one step
+FEW_POLLS_S = 0.2  # 1000 polls: a wait bound that a sane launch of a tiny model never reaches within one step
 
 
 @pytest.fixture(scope="module")
