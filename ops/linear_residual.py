@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.gemv import dot_row_block, stage_activations, staged_bytes
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
 from tri_mpk.scheduler.device import signal, wait
@@ -25,15 +25,16 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def linear_residual_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, ring,
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows, part,
     N: tl.constexpr, K_PART: tl.constexpr, ROW_STRIDE: tl.constexpr, RESIDUAL_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    stage_activations(ring, x_ptr + part * K_PART, x_ptr, K_PART, 1, 0, False, RING, BLOCK_N, BLOCK_K)
     for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
         row = block * 2 * BLOCK_N + rows
         mask0 = row < num_rows
@@ -49,16 +50,16 @@ def linear_residual_tile(
         if HAS_BIAS:
             base0 += tl.load(bias_ptr + row0 + row, mask=adds0, other=0.0).to(tl.float32)
             base1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=adds1, other=0.0).to(tl.float32)
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr + part * K_PART, x_ptr,
+        ring, y0, y1 = dot_row_block(
+            ring, x_ptr + part * K_PART, x_ptr,
             weight_addr, BLOCK_N * ROW_STRIDE * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            K_PART, ROW_STRIDE, BLOCK_N, 1, 0, False, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+            K_PART, ROW_STRIDE, BLOCK_N, 1, 0, False, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         ptr = y_ptr + part * N + row0 + row
         tl.store(ptr, base0 + y0, mask=mask0)
         tl.store(ptr + BLOCK_N, base1 + y1, mask=mask1)
     signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    return ring
 
 
 def choose_split_k(num_rows: int, k: int, machine: Machine) -> int:
@@ -126,6 +127,7 @@ def cut_linear_residual(
                     stream=stream,
                 )
             )
+    cut.activation_bytes = staged_bytes(k_part, input.dtype, norm=False)
     return cut
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.gemv import dot_row_block, skip_stream, stage_activations, staged_bytes
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
 from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
@@ -22,11 +22,11 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def lm_head_tile(
-    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
     task, row0, num_rows,
     D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -35,13 +35,17 @@ def lm_head_tile(
     wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    num_blocks = tl.where(wanted, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), 0)
+    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
+    rstd = tl.rsqrt(squares / D + EPS)
+    num_blocks = (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
+    if not wanted:
+        ring = skip_stream(ring, num_blocks, D, RING, BLOCK_N)
+        num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+        ring, y0, y1 = dot_row_block(
+            ring, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            D, D, BLOCK_N, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
         y0 *= rstd
         y1 *= rstd
         row = block * 2 * BLOCK_N + rows
@@ -57,7 +61,7 @@ def lm_head_tile(
     tl.store(best_value_ptr + task, value)
     tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
     signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    return ring
 
 
 def cut_lm_head(
@@ -107,6 +111,7 @@ def cut_lm_head(
                 stream=stream,
             )
         )
+    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

@@ -4,7 +4,7 @@ The signature of the tile function is the declaration of the op's task descripto
 the kernel both come from it. A parameter named
 
 * `*_ptr` is a typed pointer field (16-byte aligned), `*_addr` a byte address (int64), any other name an int32 field;
-* in KERNEL_PARAMETERS comes from the kernel itself (its task, the events, the epoch, the weights in flight, ...);
+* in KERNEL_PARAMETERS comes from the kernel itself (its task, the events, the epoch, the weight ring, ...);
 * annotated `tl.constexpr` is fixed at generation, by the op's cut or, if in MACHINE_CONSTANTS, for the whole kernel.
 """
 
@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.scheduler.graph import Region, Task
 
-KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "carry")
-MACHINE_CONSTANTS = ("PORTABLE", "WEIGHT", "ALIGN", "BLOCK_N", "BLOCK_K")
+KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "ring")
+MACHINE_CONSTANTS = ("PORTABLE", "RING", "WEIGHT", "BLOCK_N", "BLOCK_K")
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +56,7 @@ class Machine:
     num_workers: int
     block_n: int  # rows of a weight tile
     block_k: int  # columns of a weight tile
-    align: int  # elements that every weight row is aligned to
+    align: int  # weights that a part of a row is aligned to
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +74,7 @@ class Cut:
     constants: dict[str, object]
     pointers: dict[str, TensorHandle]  # pointer field -> the tensor whose element type it has
     tasks: list[Task] = field(default_factory=list)
+    activation_bytes: int = 0  # of shared memory that a task stages activations in
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.gemv import dot_row_block, stage_activations, staged_bytes
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import rmsnorm_torch
 from tri_mpk.scheduler.device import signal, wait
@@ -20,26 +20,27 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_gated_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
+    rstd = tl.rsqrt(squares / D + EPS)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
-        carry, gate, up, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, gate_addr, up_addr - gate_addr, block, num_rows,
-            D, D, 0, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+        ring, gate, up = dot_row_block(
+            ring, x_ptr, gain_ptr, gate_addr, up_addr - gate_addr, block, num_rows,
+            D, D, 0, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
     signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    return ring
 
 
 def cut_rmsnorm_gated_linear(
@@ -78,9 +79,10 @@ def cut_rmsnorm_gated_linear(
                     "row0": lo,
                     "num_rows": hi - lo,
                 },
-                stream=WeightStream(start, hidden_size, other, hi - lo, hi - lo, hidden_size),
+                stream=WeightStream(start, hidden_size, other, hi - lo, hi - lo, hidden_size, machine.block_n),
             )
         )
+    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

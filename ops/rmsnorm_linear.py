@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, load_next
+from tri_mpk.ops.gemv import dot_row_block, stage_activations, staged_bytes
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
@@ -20,20 +20,21 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task_ptr, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
+    rstd = tl.rsqrt(squares / D + EPS)
     for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
+        ring, y0, y1 = dot_row_block(
+            ring, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
+            D, D, BLOCK_N, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
         row = block * 2 * BLOCK_N + rows
         y0 *= rstd
         y1 *= rstd
@@ -43,7 +44,7 @@ def rmsnorm_linear_tile(
         tl.store(y_ptr + row0 + row, y0.to(y_ptr.dtype.element_ty), mask=row < num_rows)
         tl.store(y_ptr + row0 + row + BLOCK_N, y1.to(y_ptr.dtype.element_ty), mask=row + BLOCK_N < num_rows)
     signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    return ring
 
 
 def linear_stream(
@@ -58,6 +59,7 @@ def linear_stream(
         rows0=hi - lo,
         rows1=hi - lo - machine.block_n,
         cols=cols or row_stride,
+        block_rows=2 * machine.block_n,
     )
 
 
@@ -100,6 +102,7 @@ def cut_rmsnorm_linear(
                 stream=stream,
             )
         )
+    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

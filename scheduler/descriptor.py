@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .device import TASK_FIELDS, TASK_NEXT, TASK_SIGNALS, TASK_VARIANT, TASK_WAIT, TASK_WAIT_COUNT
+from .device import (
+    TASK_FIELDS,
+    TASK_NEXT_STREAM,
+    TASK_SIGNALS,
+    TASK_STREAM,
+    TASK_VARIANT,
+    TASK_WAIT,
+    TASK_WAIT_COUNT,
+)
 from .graph import MAX_SIGNALS, Address, Events, Schedule, TaskGraph, WeightStream
 
 EVENT_STRIDE = 32  # int32 counters between two events: a 128-byte line each, so that they do not contend
@@ -60,24 +68,22 @@ def pack(
         words[record, word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
-        next_word = TASK_NEXT.value
-        put(record, next_word, stream.start)
-        put(record, next_word + 1, stream.row_stride)
-        put(record, next_word + 2, stream.group_stride)
+        word, size = TASK_STREAM.value, itemsize[stream.start.tensor]
+        put(record, word, stream.start)
+        put(record, word + 1, stream.row_stride * size)
+        put(record, word + 2, stream.group_stride)
         if isinstance(stream.group_stride, Address):
-            put(record, next_word + 2, stream.start, sign=-1)
-        rows1 = max(stream.rows1, 0)
-        put(record, next_word + 3, stream.rows0 | rows1 << 32)
-        put(record, next_word + 4, stream.cols)
+            put(record, word + 2, stream.start, sign=-1)
+        put(record, word + 3, stream.rows0 | max(stream.rows1, 0) << 32)
+        put(record, word + 4, stream.cols | stream.block_rows << 32)
 
     record = 0
     for worker, queue in enumerate(schedule.queues):
-        streams = [t.stream for t in map(graph.tasks.__getitem__, queue) if t.stream]
-        following = streams[0] if streams else None  # after the last one comes the first of the next step
         end = record + max(1, len(queue))
+        streaming = [record + slot for slot, task in enumerate(queue) if graph.tasks[task].stream]
+        following = streaming[0] if streaming else record  # after the last one comes the first of the next step
         for i in range(end - 1, record - 1, -1):
-            if following:
-                put_stream(i, following)
+            words[i, TASK_NEXT_STREAM.value] = (following - i) * task_words
             words[i, TASK_VARIANT.value] = -1
             if not queue:
                 continue
@@ -95,7 +101,9 @@ def pack(
             words[i, TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
             for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
                 put(i, word, task.fields[name])
-            following = task.stream or following
+            if task.stream:
+                put_stream(i, task.stream)
+                following = i
         record = end
         starts[worker + 1] = record
     columns = np.array(relocations, dtype=np.int64).reshape(-1, 3)

@@ -33,10 +33,11 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class WeightStream:
-    """The weights a task reads, as its worker's previous task needs them to start loading ahead.
+    """The weights a task reads, as its worker needs them to load them ahead.
 
-    Two row groups of up to `rows0` and `rows1` rows, `cols` columns each, rows `row_stride` elements apart. The second
-    group lies `group_stride` bytes after the first one, or begins at an address of its own.
+    Two row groups of `rows0` and `rows1` rows in all, `cols` columns each, rows `row_stride` elements apart, of which a
+    block of BLOCK_N rows each is read at a time; the next block lies `block_rows` rows on. The second group lies
+    `group_stride` bytes after the first one, or begins at an address of its own.
     """
 
     start: Address
@@ -45,6 +46,7 @@ class WeightStream:
     rows0: int
     rows1: int
     cols: int
+    block_rows: int
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import import_source
-from tri_mpk.program import NUM_WARPS
+from tri_mpk.program import COMPILE_OPTIONS
 
 # The kernel's parameters as the runtime passes them, so that it finds what is compiled here in Triton's cache. All are
 # divisible by 16: the pointers are aligned, and `first_worker` is 0.
@@ -60,9 +60,8 @@ def compile_for(source_path: Path, target: str) -> CompiledKernel:
     """The kernel in a source file, compiled for `target` as the runtime does, or taken from its cache."""
     gpu = parse_target(target)
     check_compiler()
-    options = {"num_warps": NUM_WARPS, "launch_cooperative_grid": True}
     with contextlib.redirect_stdout(sys.stderr):  # when ptxas fails, Triton prints the whole PTX
-        return triton.compile(kernel_source(source_path), target=gpu, options=options)
+        return triton.compile(kernel_source(source_path), target=gpu, options=COMPILE_OPTIONS)
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from tri_mpk.ops.gemv import load_next
+from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
 from tri_mpk.scheduler import device
 
@@ -49,7 +49,7 @@ class KernelConstants:
     """Compile-time parameters of the whole kernel."""
 
     weight_dtype: torch.dtype
-    align: int  # elements that every weight row is aligned to
+    ring: bool  # weights come through rings in shared memory, not by plain loads
     block_n: int
     block_k: int
     portable: bool  # Triton atomics instead of PTX: what the interpreter runs
@@ -68,7 +68,7 @@ def task_words(ops: Iterable[Op]) -> int:
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
     words = task_words(v.op for v in variants)
-    roots = [v.op.tile for v in variants] + [load_next, device.wait_counter, device.pointer_field, device.int_field]
+    roots = [v.op.tile for v in variants] + [start_ring, drain_ring, device.wait_counter, device.pointer_field, device.int_field]
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -80,7 +80,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         "",
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
-        f"ALIGN = tl.constexpr({constants.align})  # elements that every weight row is aligned to",
+        f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
         f"BLOCK_N = tl.constexpr({constants.block_n})  # rows and columns of a weight tile",
         f"BLOCK_K = tl.constexpr({constants.block_k})",
         "",
@@ -110,7 +110,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
-    carry = load_next(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, {weight}, ALIGN, BLOCK_N, BLOCK_K)
+    ring = start_ring(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, control_ptr, RING, BLOCK_N)
     running = num_tasks > 0
     while running:
         # nothing is hoisted out of the variants: it would hold registers in all of them
@@ -119,8 +119,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
             variant = int_field(task_ptr, TASK_VARIANT)'''.split("\n")
     for i, variant in enumerate(variants):
         call = f"{variant.op.tile.__name__}("
-        if "carry" in [p.name for p in variant.op.tile.params]:
-            call = "carry = " + call
+        if "ring" in [p.name for p in variant.op.tile.params]:
+            call = "ring = " + call
         yield f"            {'if' if i == 0 else 'elif'} variant == {i}:  # {variant.op.name}"
         yield f"                {call}"
         yield from (f"                    {argument}," for argument in _arguments(variant, weight))
@@ -130,6 +130,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
         "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
         "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
         "        epoch += 1",
+        "    drain_ring(ring, RING, BLOCK_N)",
     )
 
 

@@ -21,10 +21,11 @@ from tri_mpk.ops.op import Op, OpCall, TensorHandle
 from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
 from tri_mpk.program import Program, kernel_constants, plan
-from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime
+from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime, shared_memory_limit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+RING_SHARED_BYTES = 200 << 10  # less than this holds no weight rings worth having
 
 
 class PersistentKernel:
@@ -305,7 +306,7 @@ class PersistentKernel:
             if len(dtypes) > 1:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
-            constants = kernel_constants(dtype, [t.dims[1] for t in streamed], self.device.type == "cpu")
+            constants = kernel_constants(dtype, [t.dims[1] for t in streamed], *capabilities(self.device))
             self.program = plan(self.calls, self.tensors, self.num_workers, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
@@ -353,6 +354,14 @@ class PersistentKernel:
         eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         request = LaunchRequest(num_tokens, limit - 2, eos, logits_from=num_tokens - 1)
         return num_tokens + sum(1 for _ in self.launch(request))
+
+
+def capabilities(device: torch.device) -> tuple[bool, bool]:
+    """(only the portable forms run there, it has bulk copies to enough shared memory). Planning assumes a Hopper."""
+    if device.type != "cuda":
+        return device.type == "cpu", device.type == "meta"
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return False, hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
 
 
 def default_num_workers(device: torch.device) -> int:

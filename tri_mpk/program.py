@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
+from tri_mpk.ops.gemv import BARRIER_BYTES, CHUNK_BYTES, MAX_SLOTS
 from tri_mpk.ops.op import Machine, OpCall, TensorHandle
 from tri_mpk.scheduler.descriptor import PackedQueues, pack
 from tri_mpk.scheduler.events import derive_events
@@ -16,6 +18,11 @@ from tri_mpk.scheduler.queues import schedule
 from tri_mpk.scheduler.verify import Report, verify
 
 NUM_WARPS = 16
+COMPILE_OPTIONS = {
+    "num_warps": NUM_WARPS,
+    "maxnreg": 65536 // (32 * NUM_WARPS),  # all there are: else ptxas may spill to make room for a second block
+    "launch_cooperative_grid": True,
+}
 
 
 @dataclass(slots=True)
@@ -31,6 +38,7 @@ class Program:
     tensors: dict[str, TensorHandle]
     source: str
     seconds: float  # that planning took
+    activation_bytes: int  # of shared memory that tasks stage activations in
 
     @property
     def num_workers(self) -> int:
@@ -47,13 +55,39 @@ class Program:
         )
 
 
-def kernel_constants(weight_dtype: torch.dtype, row_lengths: list[int], portable: bool) -> KernelConstants:
+def kernel_constants(
+    weight_dtype: torch.dtype, row_lengths: list[int], portable: bool, has_bulk_copies: bool
+) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
-    if any(length % align for length in row_lengths):
-        align = 1
+    ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    return KernelConstants(weight_dtype, align, block_n, block_k, portable)
+    return KernelConstants(weight_dtype, ring, block_n, block_k, portable)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemoryPlan:
+    """How a block's dynamic shared memory is divided: the compiler's own, then the rings, then activations."""
+
+    base: int  # where the compiler's own ends
+    ring_slots: int  # per warp
+    num_bytes: int
+
+    @classmethod
+    def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:
+        """As many slots as fit under `limit`. Raises DeviceError when not even two do."""
+        if not program.constants.ring:
+            return cls(compiler_bytes, 0, compiler_bytes)
+        base = -(-compiler_bytes // 128) * 128
+        fixed = base + BARRIER_BYTES.value + program.activation_bytes
+        slot = NUM_WARPS * CHUNK_BYTES.value
+        slots = min((limit - fixed) // slot, MAX_SLOTS.value)
+        if slots < 2:
+            raise DeviceError(
+                f"{limit} bytes of shared memory hold {max(slots, 0)} slots of {slot} bytes beside {fixed} others, but"
+                " the weight ring needs two; this model's rows are too long for this GPU"
+            )
+        return cls(base, slots, fixed + slots * slot)
 
 
 def plan(
@@ -61,9 +95,10 @@ def plan(
 ) -> Program:
     """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
     started = time.perf_counter()
-    machine = Machine(num_workers, constants.block_n, constants.block_k, constants.align)
+    machine = Machine(num_workers, constants.block_n, constants.block_k, 8 if constants.ring else 1)
     graph = TaskGraph()
     variants: dict[Variant, int] = {}
+    activation_bytes = 0
     for op_idx, call in enumerate(calls):
         cut = call.op.cut(machine, **call.tensors, **call.options, grid_dim=call.grid_dim)
         variant = Variant(
@@ -72,6 +107,7 @@ def plan(
             tuple((name, tensor.dtype) for name, tensor in cut.pointers.items()),
         )
         index = variants.setdefault(variant, len(variants))
+        activation_bytes = max(activation_bytes, cut.activation_bytes)
         graph.ops.append(call.label)
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
@@ -83,6 +119,7 @@ def plan(
     queues = schedule(graph, events, num_workers)
     report = verify(graph, events, queues)
     source = generate(list(variants), constants)
+    seconds = time.perf_counter() - started
     return Program(
-        graph, events, queues, report, list(variants), constants, tensors, source, time.perf_counter() - started
+        graph, events, queues, report, list(variants), constants, tensors, source, seconds, activation_bytes
     )

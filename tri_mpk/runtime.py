@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime import driver
 
 from tri_mpk.errors import DeviceError, MegakernelTimeout, WorkerDiedError
 from tri_mpk.generator import import_source, write_source
 from tri_mpk.ops import argmax
-from tri_mpk.program import NUM_WARPS, Program
+from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 from tri_mpk.scheduler.graph import STEP_EVENT
@@ -61,6 +63,7 @@ class Runtime:
         self.wait_bound_s = wait_bound_s
         self.max_new_tokens = max_new_tokens
         self.source_path = write_source(program.source)
+        self.shared_memory: SharedMemoryPlan | None = None
         self.next_epoch = 1
         self.num_launches = 0
 
@@ -94,6 +97,9 @@ class Runtime:
         control[words.CONTROL_WAIT_BOUND.value] = self.wait_bound()
         control[words.CONTROL_NUM_EOS.value] = len(request.eos_token_ids)
         control[words.CONTROL_STEP_COUNT.value] = self.program.events.events[STEP_EVENT].count
+        if self.shared_memory is not None:
+            control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
+            control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
         self.control.copy_(control)
@@ -164,7 +170,7 @@ class CudaRuntime(Runtime):
         self.queue_start = torch.from_numpy(packed.queue_start).to(cuda_device)
         self.kernel = import_source(self.source_path).megakernel
         self.began, self.done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.compiled = self._compile()
+        self.compiled, self.shared_memory = self._compile()
 
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(dims, dtype=dtype, device=self.device)
@@ -179,14 +185,22 @@ class CudaRuntime(Runtime):
         logits = self.default_logits if logits is None else logits
         return self.queue, self.queue_start, self.events, self.control, logits, self.mailbox, 0
 
-    def _compile(self):
+    def _compile(self) -> tuple[CompiledKernel, SharedMemoryPlan]:
         with torch.cuda.device(self.device):
-            return self.kernel.warmup(
+            compiled = self.kernel.warmup(
                 *self._arguments(None),
                 grid=(self.program.num_workers,),
-                num_warps=NUM_WARPS,
-                launch_cooperative_grid=True,
+                **COMPILE_OPTIONS,
             )
+        limit = shared_memory_limit(self.device)
+        # Triton asks the driver for what its metadata say; the weight rings come on top. It keeps the kernel it made,
+        # so a second model of the same shapes finds the sum there.
+        if not hasattr(compiled, "compiler_bytes"):
+            compiled.compiler_bytes = compiled.metadata.shared
+        plan = SharedMemoryPlan.divide(self.program, compiled.compiler_bytes, limit)
+        compiled.metadata = compiled.metadata._replace(shared=plan.num_bytes)
+        compiled.packed_metadata = make_backend(compiled.metadata.target).pack_metadata(compiled.metadata)
+        return compiled, plan
 
     def start(self, request: LaunchRequest) -> None:
         num_workers = self.program.num_workers
@@ -194,7 +208,7 @@ class CudaRuntime(Runtime):
             self.began.record()
             try:
                 self.kernel[(num_workers,)](
-                    *self._arguments(request.logits), num_warps=NUM_WARPS, launch_cooperative_grid=True
+                    *self._arguments(request.logits), **COMPILE_OPTIONS
                 )
             except RuntimeError as error:
                 raise DeviceError(
@@ -210,6 +224,12 @@ class CudaRuntime(Runtime):
     def last_launch_ms(self) -> float:
         """GPU time of the last launch."""
         return self.began.elapsed_time(self.done)
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 class InterpreterRuntime(Runtime):
