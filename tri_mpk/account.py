@@ -1,0 +1,104 @@
+"""Where the time of a token goes: the same kernel on edited queues, one loss taken away at a time.
+
+The edits make the numbers that a launch computes meaningless; they change nothing but the packed queues, so the kernel
+and its schedule are the real ones. Afterwards the runtime is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tri_mpk.benchmark import measure
+from tri_mpk.generator import field_names
+from tri_mpk.model import CausalLM
+from tri_mpk.scheduler import device as words
+
+SKIPPED = -1  # a variant that no branch of the kernel has
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the account: what was changed, and the ms per token then."""
+
+    name: str
+    ms: float
+
+
+class Queues:
+    """The packed queues of a model on a GPU, and the edits."""
+
+    def __init__(self, model: CausalLM):
+        self.model = model
+        self.program = model.kernel.program
+        self.words = model.kernel.runtime.queue.cpu()
+        self.variant = self.words[:, words.TASK_VARIANT.value].to(torch.int32)
+
+    def of_op(self, *names: str) -> torch.Tensor:
+        """Which records run one of these ops."""
+        indices = [i for i, variant in enumerate(self.program.variants) if variant.op.name in names]
+        return torch.isin(self.variant, torch.tensor(indices, dtype=torch.int32))
+
+    def without_waits(self) -> None:
+        self.words[:, words.TASK_WAIT_COUNT.value] = 0
+
+    def without_attention(self) -> None:
+        self.words[self.of_op("attention", "attention_merge"), words.TASK_VARIANT.value] = SKIPPED
+
+    def without_matrices(self) -> None:
+        """Every matrix has no rows: its tasks wait, stage their activations and signal."""
+        for i, variant in enumerate(self.program.variants):
+            names = field_names(variant.op)
+            if "num_rows" in names:
+                self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
+
+    def with_cached_weights(self) -> None:
+        """Every row of every matrix is the same row, a different one for each worker: it comes from the L2 cache."""
+        tensors = [tensor.data for tensor in self.program.tensors.values() if tensor.data is not None]
+        largest = max(tensors, key=lambda tensor: tensor.numel())
+        starts = self.model.kernel.runtime.queue_start.tolist()
+        stride = min(1 << 16, largest.nbytes // (2 * len(starts)) // 256 * 256)
+        stream = words.TASK_STREAM.value
+        for worker, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+            self.words[first:last, stream] = largest.data_ptr() + worker * stride
+        self.words[:, stream + 1 : stream + 3] = 0
+
+
+EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
+    "as it is": (),
+    "weights from the L2 cache": (Queues.with_cached_weights,),
+    "no waits": (Queues.without_waits,),
+    "no waits, no attention": (Queues.without_waits, Queues.without_attention),
+    "no matrices": (Queues.without_matrices,),
+    "no matrices, no attention, no waits": (
+        Queues.without_matrices, Queues.without_attention, Queues.without_waits,
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def edited(model: CausalLM, edits: tuple[Callable[[Queues], None], ...]) -> Iterator[None]:
+    runtime = model.kernel.runtime
+    queues = Queues(model)
+    for edit in edits:
+        edit(queues)
+    original = runtime.queue
+    runtime.queue = queues.words.to(original.device)
+    try:
+        yield
+    finally:
+        runtime.queue = original
+        runtime.set_epoch(1)  # tasks that were skipped did not signal
+
+
+def account(model: CausalLM, context: int, num_tokens: int = 32, launches: int = 10) -> list[Entry]:
+    """Medians of ms per token at KV length `context`: as it is, and with each loss taken away."""
+    model.compile()
+    entries = []
+    for name, edits in EDITS.items():
+        with edited(model, edits):
+            entries.append(Entry(name, measure(model, context, num_tokens, launches)["ms_p50"]))
+    return entries
