@@ -85,7 +85,7 @@ def attention_tile(
             l += 1.0
             acc += v_new.to(tl.float32)
         q = q.to(k_cache_ptr.dtype.element_ty)
-        for block in tl.range(first, last, num_stages=2):
+        for block in tl.range(first, last, num_stages=1):
             position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
             page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE).to(tl.int64)
             base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH

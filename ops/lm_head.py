@@ -1,6 +1,6 @@
 """Final RMSNorm, language model head and the first half of argmax: logits = W @ (x_hat * gain).
 
-x [D] fp32 in parts read | gain [D] read | W [V, D] read | logits [V] fp32 written
+x [D] fp32 read | gain [D] read | W [V, D] read | logits [V] fp32 written
 best value, index [num_tasks] written
 One task = consecutive rows of the vocabulary; it also leaves its largest logit and that logit's index (the lowest one
 on a tie). Positions before CONTROL_LOGITS_FROM (the prompt) need no logits: their tasks only signal.
@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, skip_stream, stage_activations, staged_bytes
+from tri_mpk.ops.gemv import (
+    block_rows,
+    dot_rows,
+    inverse_rms,
+    load_segment,
+    scale_segment,
+    skip_rows,
+    slot_rows,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
 from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
@@ -25,8 +33,9 @@ def lm_head_tile(
     task_ptr, event_ptr, control_ptr, logits_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
     task, row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -34,29 +43,23 @@ def lm_head_tile(
     step = tl.load(step_ptr)
     wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
-    rstd = tl.rsqrt(squares / D + EPS)
-    num_blocks = (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
-        ring = skip_stream(ring, num_blocks, D, RING, BLOCK_N)
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
-        ring, y0, y1 = dot_row_block(
-            ring, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        y0 *= rstd
-        y1 *= rstd
-        row = block * 2 * BLOCK_N + rows
-        mask0 = row < num_rows
-        mask1 = row + BLOCK_N < num_rows
-        tl.store(row_ptr + row0 + row, y0, mask=mask0)
-        tl.store(row_ptr + row0 + row + BLOCK_N, y1, mask=mask1)
-        best_row = tl.where(mask0 & (y0 > best), row, best_row)
-        best = tl.where(mask0 & (y0 > best), y0, best)
-        best_row = tl.where(mask1 & (y1 > best), row + BLOCK_N, best_row)
-        best = tl.where(mask1 & (y1 > best), y1, best)
+        ring, y = dot_rows(
+            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
+        row = block * BLOCK_N + rows
+        tl.store(row_ptr + row0 + row, y, mask=row < num_rows)
+        better = (row < num_rows) & (y > best)
+        best_row = tl.where(better, row, best_row)
+        best = tl.where(better, y, best)
     value = tl.max(best, axis=0)
     tl.store(best_value_ptr + task, value)
     tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
@@ -78,7 +81,12 @@ def cut_lm_head(
 ) -> Cut:
     vocab_size, hidden_size = weight_linear.dims
     cut = Cut(
-        {"D": hidden_size, "PARTS": input.parts, "EPS": eps},
+        {
+            "D": hidden_size,
+            "EPS": eps,
+            "SLOT_ROWS": slot_rows(hidden_size, machine),
+            "BLOCK_N": block_rows(hidden_size, machine),
+        },
         {
             "x_ptr": input,
             "gain_ptr": weight_norm,
@@ -111,7 +119,6 @@ def cut_lm_head(
                 stream=stream,
             )
         )
-    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

@@ -19,30 +19,29 @@ from triton.runtime.jit import JITFunction
 from tri_mpk.scheduler.graph import Region, Task
 
 KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "ring")
-MACHINE_CONSTANTS = ("PORTABLE", "RING", "WEIGHT", "BLOCK_N", "BLOCK_K")
+MACHINE_CONSTANTS = ("PORTABLE", "RING", "WEIGHT", "BLOCK_K")
 
 
 @dataclass(slots=True, eq=False)
 class TensorHandle:
-    """A tensor of the model graph. `parts` copies of `dims`, to be added up, when its producer splits K."""
+    """A tensor of the model graph."""
 
     name: str
     dims: tuple[int, ...]
     dtype: torch.dtype
     data: torch.Tensor | None = None  # attached by the user; None: allocated when the kernel is compiled
     symmetric: bool = False
-    parts: int = 1
 
     @property
     def numel(self) -> int:
         return int(torch.Size(self.dims).numel())
 
-    def span(self, lo: int, hi: int, part: int = 0) -> Region:
-        """Elements lo to hi of one part, in row-major order."""
-        return Region(self.name, ((part, part + 1), (lo, hi)))
+    def span(self, lo: int, hi: int) -> Region:
+        """Elements lo to hi, in row-major order. Regions have two coordinates; most ops need only the second."""
+        return Region(self.name, ((0, 1), (lo, hi)))
 
     def whole(self) -> Region:
-        return Region(self.name, ((0, self.parts), (0, self.numel)))
+        return self.span(0, self.numel)
 
     def box(self, *box: tuple[int, int]) -> Region:
         """A region in coordinates of the op's own; see Region."""
@@ -54,9 +53,8 @@ class Machine:
     """What a cut may know about where it will run."""
 
     num_workers: int
-    block_n: int  # rows of a weight tile
-    block_k: int  # columns of a weight tile
-    align: int  # weights that a part of a row is aligned to
+    block_n: int  # rows of a weight tile, where there is no ring
+    ring: bool  # weights come through rings in shared memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +72,6 @@ class Cut:
     constants: dict[str, object]
     pointers: dict[str, TensorHandle]  # pointer field -> the tensor whose element type it has
     tasks: list[Task] = field(default_factory=list)
-    activation_bytes: int = 0  # of shared memory that a task stages activations in
 
 
 @dataclass(slots=True, eq=False)

@@ -1,8 +1,7 @@
 """RMSNorm and a gated linear layer: h = silu(gate) * up, gate = W_gate @ x_norm, up = W_up @ x_norm.
 
-x [D] fp32 in parts read | gain [D] read | W_gate, W_up [N, D] read | h [N] written | arithmetic in fp32
-Row group 0 of a stage is rows of W_gate, row group 1 the same rows of W_up, so that a worker has both halves of its h.
-One task = consecutive rows of both. Source: arXiv:2002.05202 (SwiGLU); transformers LlamaMLP.
+x [D] fp32 read | gain [D] read | W_gate, W_up [N, D] read | h [N] written | arithmetic in fp32
+One task = the same consecutive rows of both matrices, so that a worker has both halves of its h. Source: arXiv:2002.05202 (SwiGLU); transformers LlamaMLP.
 """
 
 from __future__ import annotations
@@ -11,7 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, stage_activations, staged_bytes
+from tri_mpk.ops.gemv import (
+    block_rows,
+    end_rows,
+    inverse_rms,
+    load_segment,
+    row_sums,
+    scale_segment,
+    slot_rows,
+    stream_rows,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import rmsnorm_torch
 from tri_mpk.scheduler.device import signal, wait
@@ -23,18 +31,25 @@ def rmsnorm_gated_linear_tile(
     task_ptr, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
-    rstd = tl.rsqrt(squares / D + EPS)
-    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
-        ring, gate, up = dot_row_block(
-            ring, x_ptr, gain_ptr, gate_addr, up_addr - gate_addr, block, num_rows,
-            D, D, 0, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    end_rows(RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
+        gate = row_sums(
+            ring, 0, x_ptr, gain_ptr, gate_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        up = row_sums(
+            ring, BLOCK_N, x_ptr, gain_ptr, up_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        rstd = inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
@@ -56,10 +71,18 @@ def cut_rmsnorm_gated_linear(
 ) -> Cut:
     num_rows, hidden_size = weight_gate.dims
     cut = Cut(
-        {"D": hidden_size, "PARTS": input.parts, "EPS": eps},
+        {
+            "D": hidden_size,
+            "EPS": eps,
+            "SLOT_ROWS": slot_rows(hidden_size, machine),
+            "BLOCK_N": block_rows(hidden_size, machine, matrices=2),
+        },
         {"x_ptr": input, "gain_ptr": weight_norm, "h_ptr": output},
     )
     num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    if machine.ring:  # a task is one block
+        rounds = -(-num_rows // (num_tasks * block_rows(hidden_size, machine, matrices=2)))
+        num_tasks = min(num_rows, num_tasks * rounds)
     for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
         start, other = Address(weight_gate.name, lo * hidden_size), Address(weight_up.name, lo * hidden_size)
         span = (lo * hidden_size, hi * hidden_size)
@@ -79,10 +102,9 @@ def cut_rmsnorm_gated_linear(
                     "row0": lo,
                     "num_rows": hi - lo,
                 },
-                stream=WeightStream(start, hidden_size, other, hi - lo, hi - lo, hidden_size, machine.block_n),
+                stream=WeightStream(start, hi - lo, hidden_size, slot_rows(hidden_size, machine), second=other),
             )
         )
-    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

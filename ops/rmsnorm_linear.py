@@ -1,6 +1,6 @@
 """RMSNorm and a linear layer: y = W @ (x_hat * gain) + bias, x_hat = x * rsqrt(mean(x^2) + eps).
 
-x [D] fp32 in parts read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
+x [D] fp32 read | gain [D] read | W [N, D] read | bias [N] read | y [N] written | arithmetic in fp32
 The norm is one scalar at the end of the dot product: y = rsqrt(mean(x^2) + eps) * (W @ (gain * x)).
 One task = consecutive rows = their share of the bytes of W.
 Source: arXiv:1910.07467; transformers Qwen3RMSNorm, nn.Linear.
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_row_block, stage_activations, staged_bytes
+from tri_mpk.ops.gemv import block_rows, dot_rows, inverse_rms, load_segment, scale_segment, slot_rows
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
@@ -23,44 +23,31 @@ def rmsnorm_linear_tile(
     task_ptr, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    squares = stage_activations(ring, x_ptr, gain_ptr, D, PARTS, D, True, RING, BLOCK_N, BLOCK_K)
-    rstd = tl.rsqrt(squares / D + EPS)
-    for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
-        ring, y0, y1 = dot_row_block(
-            ring, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, RING, WEIGHT, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        row = block * 2 * BLOCK_N + rows
-        y0 *= rstd
-        y1 *= rstd
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+        ring, y = dot_rows(
+            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
+        row = block * BLOCK_N + rows
         if HAS_BIAS:
-            y0 += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-            y1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=row + BLOCK_N < num_rows, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row0 + row, y0.to(y_ptr.dtype.element_ty), mask=row < num_rows)
-        tl.store(y_ptr + row0 + row + BLOCK_N, y1.to(y_ptr.dtype.element_ty), mask=row + BLOCK_N < num_rows)
+            y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
     signal(task_ptr, event_ptr, PORTABLE)
     return ring
 
 
-def linear_stream(
-    weight: TensorHandle, lo: int, hi: int, machine: Machine, col0: int = 0, cols: int = 0
-) -> WeightStream:
-    """Rows lo to hi of a matrix [N, K], from column col0 on: row group 1 follows row group 0."""
-    row_stride = weight.dims[1]
-    return WeightStream(
-        start=Address(weight.name, lo * row_stride + col0),
-        row_stride=row_stride,
-        group_stride=machine.block_n * row_stride * weight.dtype.itemsize,
-        rows0=hi - lo,
-        rows1=hi - lo - machine.block_n,
-        cols=cols or row_stride,
-        block_rows=2 * machine.block_n,
-    )
+def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine) -> WeightStream:
+    """Rows lo to hi of a matrix [N, K]."""
+    cols = weight.dims[1]
+    return WeightStream(Address(weight.name, lo * cols), hi - lo, cols, slot_rows(cols, machine))
 
 
 def cut_rmsnorm_linear(
@@ -76,7 +63,13 @@ def cut_rmsnorm_linear(
 ) -> Cut:
     num_rows, hidden_size = weight_linear.dims
     cut = Cut(
-        {"D": hidden_size, "PARTS": input.parts, "EPS": eps, "HAS_BIAS": bias is not None},
+        {
+            "D": hidden_size,
+            "EPS": eps,
+            "HAS_BIAS": bias is not None,
+            "SLOT_ROWS": slot_rows(hidden_size, machine),
+            "BLOCK_N": block_rows(hidden_size, machine),
+        },
         {"x_ptr": input, "gain_ptr": weight_norm, "bias_ptr": bias or weight_norm, "y_ptr": output},
     )
     num_tasks = min(num_rows, grid_dim or machine.num_workers)
@@ -102,7 +95,6 @@ def cut_rmsnorm_linear(
                 stream=stream,
             )
         )
-    cut.activation_bytes = staged_bytes(hidden_size, input.dtype, norm=True)
     return cut
 
 

@@ -68,14 +68,11 @@ def pack(
         words[record, word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
-        word, size = TASK_STREAM.value, itemsize[stream.start.tensor]
+        word, row_bytes = TASK_STREAM.value, stream.cols * itemsize[stream.start.tensor]
         put(record, word, stream.start)
-        put(record, word + 1, stream.row_stride * size)
-        put(record, word + 2, stream.group_stride)
-        if isinstance(stream.group_stride, Address):
-            put(record, word + 2, stream.start, sign=-1)
-        put(record, word + 3, stream.rows0 | max(stream.rows1, 0) << 32)
-        put(record, word + 4, stream.cols | stream.block_rows << 32)
+        put(record, word + 1, stream.second or 0)
+        put(record, word + 2, stream.rows * row_bytes)
+        put(record, word + 3, stream.slot_rows * row_bytes)
 
     record = 0
     for worker, queue in enumerate(schedule.queues):

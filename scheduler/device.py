@@ -16,9 +16,9 @@ TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
 TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
 TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
 TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
-TASK_STREAM = tl.constexpr(5)  # five words: the weights that this task reads
-TASK_NEXT_STREAM = tl.constexpr(10)  # words from here to the worker's next task that reads weights
-TASK_FIELDS = tl.constexpr(11)
+TASK_STREAM = tl.constexpr(5)  # four words: the weights that this task reads
+TASK_NEXT_STREAM = tl.constexpr(9)  # words from here to the worker's next task that reads weights
+TASK_FIELDS = tl.constexpr(10)
 
 # Words of the control block (int64): what the host sets for a launch, and what the kernel tells it afterwards.
 CONTROL_FIRST_EPOCH = tl.constexpr(0)
@@ -36,8 +36,9 @@ CONTROL_STUCK_SEEN = tl.constexpr(11)
 CONTROL_STUCK_WANTED = tl.constexpr(12)
 CONTROL_LAST_EPOCH = tl.constexpr(13)
 CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is ours, not the compiler's
-CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of each warp's weight ring
-CONTROL_EOS = tl.constexpr(16)
+CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
+CONTROL_EOS = tl.constexpr(16)  # 32 words
+CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 
 
 @triton.jit

@@ -33,20 +33,15 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class WeightStream:
-    """The weights a task reads, as its worker needs them to load them ahead.
-
-    Two row groups of `rows0` and `rows1` rows in all, `cols` columns each, rows `row_stride` elements apart, of which a
-    block of BLOCK_N rows each is read at a time; the next block lies `block_rows` rows on. The second group lies
-    `group_stride` bytes after the first one, or begins at an address of its own.
+    """The weights a task reads, in order: `rows` consecutive rows of `cols`, and as many from `second` on if it has two
+    matrices. `slot_rows` rows are loaded at a time.
     """
 
     start: Address
-    row_stride: int
-    group_stride: int | Address
-    rows0: int
-    rows1: int
+    rows: int
     cols: int
-    block_rows: int
+    slot_rows: int
+    second: Address | None = None
 
 
 @dataclass(slots=True, eq=False)

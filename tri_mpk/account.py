@@ -43,7 +43,8 @@ class Queues:
         return torch.isin(self.variant, torch.tensor(indices, dtype=torch.int32))
 
     def without_waits(self) -> None:
-        self.words[:, words.TASK_WAIT_COUNT.value] = 0
+        """Only the end of a step is still waited for, so that all workers agree on how many steps there are."""
+        self.words[~self.of_op("argmax"), words.TASK_WAIT_COUNT.value] = 0
 
     def without_attention(self) -> None:
         self.words[self.of_op("attention", "attention_merge"), words.TASK_VARIANT.value] = SKIPPED
@@ -54,6 +55,10 @@ class Queues:
             names = field_names(variant.op)
             if "num_rows" in names:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
+
+    def without_copies(self) -> None:
+        """The weight rings are told that every matrix has no rows: what lies in shared memory is multiplied."""
+        self.words[:, words.TASK_STREAM.value + 3] = 0
 
     def with_cached_weights(self) -> None:
         """Every row of every matrix is the same row, a different one for each worker: it comes from the L2 cache."""
@@ -70,6 +75,9 @@ class Queues:
 EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
     "as it is": (),
     "weights from the L2 cache": (Queues.with_cached_weights,),
+    "weights from the L2 cache, no waits": (Queues.with_cached_weights, Queues.without_waits),
+    "no copies": (Queues.without_copies,),
+    "no copies, no waits, no attention": (Queues.without_copies, Queues.without_waits, Queues.without_attention),
     "no waits": (Queues.without_waits,),
     "no waits, no attention": (Queues.without_waits, Queues.without_attention),
     "no matrices": (Queues.without_matrices,),
@@ -94,11 +102,10 @@ def edited(model: CausalLM, edits: tuple[Callable[[Queues], None], ...]) -> Iter
         runtime.set_epoch(1)  # tasks that were skipped did not signal
 
 
-def account(model: CausalLM, context: int, num_tokens: int = 32, launches: int = 10) -> list[Entry]:
+def account(model: CausalLM, context: int, num_tokens: int = 32, launches: int = 10) -> Iterator[Entry]:
     """Medians of ms per token at KV length `context`: as it is, and with each loss taken away."""
     model.compile()
-    entries = []
     for name, edits in EDITS.items():
         with edited(model, edits):
-            entries.append(Entry(name, measure(model, context, num_tokens, launches)["ms_p50"]))
-    return entries
+            entry = Entry(name, measure(model, context, num_tokens, launches)["ms_p50"])
+        yield entry

@@ -81,8 +81,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
         f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
-        f"BLOCK_N = tl.constexpr({constants.block_n})  # rows and columns of a weight tile",
-        f"BLOCK_K = tl.constexpr({constants.block_k})",
+        f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",
         *_definitions(roots),
         "",
@@ -110,7 +109,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
-    ring = start_ring(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, control_ptr, RING, BLOCK_N)
+    ring = start_ring(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, control_ptr, RING)
     running = num_tasks > 0
     while running:
         # nothing is hoisted out of the variants: it would hold registers in all of them
@@ -130,7 +129,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
         "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
         "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
         "        epoch += 1",
-        "    drain_ring(ring, RING, BLOCK_N)",
+        "    drain_ring(ring, RING)",
     )
 
 

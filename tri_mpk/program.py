@@ -9,7 +9,7 @@ import torch
 
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
-from tri_mpk.ops.gemv import BARRIER_BYTES, CHUNK_BYTES, MAX_SLOTS
+from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET
 from tri_mpk.ops.op import Machine, OpCall, TensorHandle
 from tri_mpk.scheduler.descriptor import PackedQueues, pack
 from tri_mpk.scheduler.events import derive_events
@@ -38,7 +38,6 @@ class Program:
     tensors: dict[str, TensorHandle]
     source: str
     seconds: float  # that planning took
-    activation_bytes: int  # of shared memory that tasks stage activations in
 
     @property
     def num_workers(self) -> int:
@@ -67,27 +66,30 @@ def kernel_constants(
 
 @dataclass(frozen=True, slots=True)
 class SharedMemoryPlan:
-    """How a block's dynamic shared memory is divided: the compiler's own, then the rings, then activations."""
+    """How a block's dynamic shared memory is divided: the compiler's own, then sums and the weight ring."""
 
     base: int  # where the compiler's own ends
-    ring_slots: int  # per warp
+    ring_slots: int
+    slot_bytes: int
     num_bytes: int
 
     @classmethod
     def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:
-        """As many slots as fit under `limit`. Raises DeviceError when not even two do."""
-        if not program.constants.ring:
-            return cls(compiler_bytes, 0, compiler_bytes)
+        """As many slots as fit under `limit`. Raises DeviceError when not even three do."""
+        streams = [task.stream for task in program.graph.tasks if task.stream]
+        if not program.constants.ring or not streams:
+            return cls(compiler_bytes, 0, 0, compiler_bytes)
+        slot = max(2 * stream.slot_rows * stream.cols for stream in streams)
+        slot = -(-slot // 128) * 128
         base = -(-compiler_bytes // 128) * 128
-        fixed = base + BARRIER_BYTES.value + program.activation_bytes
-        slot = NUM_WARPS * CHUNK_BYTES.value
+        fixed = base + RING_OFFSET.value
         slots = min((limit - fixed) // slot, MAX_SLOTS.value)
-        if slots < 2:
+        if slots < 3:
             raise DeviceError(
                 f"{limit} bytes of shared memory hold {max(slots, 0)} slots of {slot} bytes beside {fixed} others, but"
-                " the weight ring needs two; this model's rows are too long for this GPU"
+                " the weight ring needs three; this model's rows are too long for this GPU"
             )
-        return cls(base, slots, fixed + slots * slot)
+        return cls(base, slots, slot, fixed + slots * slot)
 
 
 def plan(
@@ -95,10 +97,9 @@ def plan(
 ) -> Program:
     """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
     started = time.perf_counter()
-    machine = Machine(num_workers, constants.block_n, constants.block_k, 8 if constants.ring else 1)
+    machine = Machine(num_workers, constants.block_n, constants.ring)
     graph = TaskGraph()
     variants: dict[Variant, int] = {}
-    activation_bytes = 0
     for op_idx, call in enumerate(calls):
         cut = call.op.cut(machine, **call.tensors, **call.options, grid_dim=call.grid_dim)
         variant = Variant(
@@ -107,13 +108,12 @@ def plan(
             tuple((name, tensor.dtype) for name, tensor in cut.pointers.items()),
         )
         index = variants.setdefault(variant, len(variants))
-        activation_bytes = max(activation_bytes, cut.activation_bytes)
         graph.ops.append(call.label)
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
     graph.tensors = {
-        name: TensorInfo((tensor.parts, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()
+        name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()
     }
     events = derive_events(graph)
     queues = schedule(graph, events, num_workers)
@@ -121,5 +121,5 @@ def plan(
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
     return Program(
-        graph, events, queues, report, list(variants), constants, tensors, source, seconds, activation_bytes
+        graph, events, queues, report, list(variants), constants, tensors, source, seconds
     )

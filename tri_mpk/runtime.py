@@ -100,6 +100,7 @@ class Runtime:
         if self.shared_memory is not None:
             control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
             control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
+            control[words.CONTROL_RING_SLOT_BYTES.value] = self.shared_memory.slot_bytes
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
         self.control.copy_(control)
@@ -161,7 +162,7 @@ class CudaRuntime(Runtime):
         self.device = cuda_device
         for tensor in program.tensors.values():
             if tensor.data is None:
-                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
+                tensor.data = self.empty(tensor.dims, tensor.dtype)
         self._allocate_state()
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
         packed = program.pack()
@@ -243,7 +244,7 @@ class InterpreterRuntime(Runtime):
         self.memory = SharedMemory()
         for tensor in program.tensors.values():
             if tensor.data is None:
-                tensor.data = self.empty((tensor.parts, *tensor.dims), tensor.dtype)
+                tensor.data = self.empty(tensor.dims, tensor.dtype)
             self.memory.move(tensor.data)
         self._allocate_state()
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
