@@ -31,75 +31,117 @@ from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
     CONTROL_SHARED_BASE,
-    TASK_NEXT_STREAM,
     TASK_STREAM,
+    TASK_STREAM_INDEX,
 )
 
 WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
-# Shared memory of ours: two barriers of 8 bytes per slot (full, and 128 bytes on, empty), sums of squares, row sums.
+# Shared memory of ours, in bytes: two barriers of 8 per slot (full, and 128 on, empty), sums of squares, row sums, the
+# slots. The worker's streams lie in front of all that, the first one last.
 SQUARES_OFFSET = tl.constexpr(256)
 SUMS_OFFSET = tl.constexpr(512)
 SUMS_BYTES = tl.constexpr(8192)
 RING_OFFSET = tl.constexpr(8704)
+STREAM_BYTES = tl.constexpr(32)
 
 
 # ---- the ring ----
 
 
 @triton.jit
-def read_stream(record_ptr):
-    """The cursor at the start of a task's weights: address, bytes left, the range after it (or 0), sizes."""
-    start = tl.load(record_ptr + TASK_STREAM)
-    second = tl.load(record_ptr + TASK_STREAM + 1)
-    num_bytes = tl.load(record_ptr + TASK_STREAM + 2).to(tl.int32)
-    slot_bytes = tl.load(record_ptr + TASK_STREAM + 3).to(tl.int32)
-    return start, num_bytes, second, num_bytes, slot_bytes
+def thread_index():
+    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def start_ring(last_task_ptr, control_ptr, RING: tl.constexpr):
-    """Requests the worker's first weights. `last_task_ptr` is the last task of its queue."""
+def read_stream(smem, stream):
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
+        "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
+        "=l,=l,=r,=r,r",
+        [smem - (stream + 1) * STREAM_BYTES],
+        dtype=(tl.int64, tl.int64, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    return stream, start, num_bytes, second, num_bytes, slot_bytes
+
+
+@triton.jit
+def start_ring(queue_ptr, num_tasks, control_ptr, TASK_WORDS: tl.constexpr, RING: tl.constexpr):
+    """Notes which weights this worker reads, in order, and requests the first of them."""
     if RING:
         smem = tl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
         smem += tl.load(control_ptr + CONTROL_SHARED_BASE).to(tl.int32)
+        slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
+        capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
+        num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
+        for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
+            task = first + tl.arange(0, WARPS * LANES)
+            task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
+            mask = task < num_tasks
+            stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred p; .reg .u32 at; .reg .b32 low, high, low2, high2;
+                setp.lt.s32 p, $2, 0; @p bra DONE;
+                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
+                DONE: mov.u32 $0, 0;
+                }""",
+                "=r,r,r,l,l,l,l",
+                [
+                    smem - STREAM_BYTES,
+                    stream,
+                    tl.load(task_ptr + TASK_STREAM, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
         tl.inline_asm_elementwise(
             """{
             .reg .pred p; .reg .u32 at, left;
-            mov.u32 at, %tid.x; setp.ne.u32 p, at, 0; @p bra DONE;
+            setp.ne.u32 p, $2, 0; @p bra DONE;
             mov.u32 at, $1; mov.u32 left, 16;
             NEXT: mbarrier.init.shared::cta.b64 [at], 1; mbarrier.init.shared::cta.b64 [at + 128], 16;
             add.u32 at, at, 8; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
             fence.mbarrier_init.release.cluster;
             DONE: bar.sync 0; mov.u32 $0, 0;
             }""",
-            "=r,r",
-            [smem],
+            "=r,r,r",
+            [smem, thread_index()],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-        slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
-        capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
-        record_ptr = last_task_ptr + tl.load(last_task_ptr + TASK_NEXT_STREAM)
-        cursor = (record_ptr,) + read_stream(record_ptr)
-        for slot in tl.range(0, slots - 1, num_stages=1):
-            cursor = request_rows(smem, slot, 1, capacity, cursor)  # a fresh barrier counts as empty
-        return (smem, slots, capacity, slots * 0, slots * 0, slots - 1, slots * 0 + 1, cursor)
+        zero = slots * 0
+        if num_streams > 0:
+            cursor = read_stream(smem, zero)
+            for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
+                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
+        else:
+            slots = zero + 1  # nothing is on its way, and nothing ever will be
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
+        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, cursor):
+def request_rows(smem, slot, phase, capacity, num_streams, cursor):
     """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
-    record_ptr, addr, left, second, num_bytes, slot_bytes = cursor
+    stream, addr, left, second, num_bytes, slot_bytes = cursor
     tl.inline_asm_elementwise(
         # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
         """{
-        .reg .pred p; .reg .u32 thread; .reg .u64 policy;
-        mov.u32 thread, %tid.x; setp.ne.u32 p, thread, $1; @p bra DONE;
+        .reg .pred p; .reg .u64 policy;
+        setp.ne.u32 p, $7, $1; @p bra DONE;
         POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$2 + 128], $3; @!p bra POLL;
         mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $6;
         setp.eq.u32 p, $6, 0; @p bra DONE;
@@ -107,7 +149,7 @@ def request_rows(smem, slot, phase, capacity, cursor):
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$4], [$5], $6, [$2], policy;
         DONE: mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,l,r",
+        "=r,r,r,r,r,l,r,r",
         [
             slot * LANES,
             smem + slot * 8,
@@ -115,6 +157,7 @@ def request_rows(smem, slot, phase, capacity, cursor):
             smem + RING_OFFSET + slot * capacity,
             addr,
             tl.minimum(left, slot_bytes),
+            thread_index(),
         ],
         dtype=tl.int32,
         is_pure=False,
@@ -128,9 +171,11 @@ def request_rows(smem, slot, phase, capacity, cursor):
             second = second * 0
             left = num_bytes
         else:
-            record_ptr += tl.load(record_ptr + TASK_NEXT_STREAM)
-            addr, left, second, num_bytes, slot_bytes = read_stream(record_ptr)
-    return (record_ptr, addr, left, second, num_bytes, slot_bytes)
+            stream += 1
+            if stream == num_streams:
+                stream = stream * 0  # those of the next step
+            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
+    return (stream, addr, left, second, num_bytes, slot_bytes)
 
 
 @triton.jit
@@ -153,28 +198,28 @@ def await_slot(smem, slot, phase):
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
-        .reg .pred p; .reg .u32 lane;
+        .reg .pred p;
         bar.warp.sync 0xffffffff;
-        mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+        setp.eq.u32 p, $2, 0;
         @p mbarrier.arrive.shared::cta.b64 _, [$1 + 128];
         mov.u32 $0, 0;
         }""",
-        "=r,r",
-        [smem + slot * 8],
+        "=r,r,r",
+        [smem + slot * 8, thread_index() % LANES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
-    cursor = request_rows(smem, last, last_phase, capacity, cursor)
+    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
+    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
@@ -184,10 +229,13 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = ring[1] - 1
         if num_slots > reach:  # the cursor has not left them
-            record_ptr = ring[7][0] + tl.load(ring[7][0] + TASK_NEXT_STREAM)
-            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], (record_ptr,) + read_stream(record_ptr))
+            stream = ring[8][0] + 1
+            if stream == ring[3]:
+                stream = stream * 0
+            cursor = read_stream(ring[0], stream)
+            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(ring[0], ring[3], ring[4])
+            await_slot(ring[0], ring[4], ring[5])
             ring = release_slot(ring)
     return ring
 
@@ -196,7 +244,7 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -252,6 +300,49 @@ def write_float(address, x):
     tl.inline_asm_elementwise(
         "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def write_lane_sums(address, values, STRIDE: tl.constexpr):
+    """Sums of one or two values over the lanes of a warp: the first to `address`, the second STRIDE bytes on."""
+    lane = thread_index() % LANES
+    if len(values) == 2:  # lanes 0-15 go on with the first, lanes 16-31 with the second
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .f32 mine, other;
+            setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
+            shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+            setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,r,f,f,r",
+            [address, address + STRIDE, values[0], values[1], lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .f32 mine, other; mov.f32 mine, $2;
+            shfl.sync.bfly.b32 other, mine, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+            setp.eq.u32 p, $3, 0; @p st.shared.f32 [$1], mine;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,f,r",
+            [address, values[0], lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -345,24 +436,25 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         WORDS: tl.constexpr = (COLS + 255) // 256 * 4
         row, segment, first = thread_place(K, SLOT_ROWS)
         offset = (row * K + segment * COLS + first) * 2
-        warp = tl.arange(0, WARPS)
-        sums = ring[0] + SUMS_OFFSET + ((place + warp // SEGMENTS * WARP_ROWS) * SEGMENTS + warp % SEGMENTS) * 4
+        sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[3], ring[4])
-            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
+            await_slot(ring[0], ring[4], ring[5])
+            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
             ring = release_slot(ring)
+            totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)
                 odd = tl.zeros([WARPS, LANES], tl.float32)
                 for i in tl.static_range(WORDS):
                     even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
                     odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
-                write_float(sums + (slot * SLOT_ROWS + r) * (SEGMENTS * 4), tl.sum(even + odd, axis=1))
+                totals = totals + (even + odd,)
+            write_lane_sums(sums + slot * (SLOT_ROWS * SEGMENTS * 4), totals, SEGMENTS * 4)
     return ring
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .device import (
     TASK_FIELDS,
-    TASK_NEXT_STREAM,
+    TASK_STREAM_INDEX,
     TASK_SIGNALS,
     TASK_STREAM,
     TASK_VARIANT,
@@ -77,10 +77,10 @@ def pack(
     record = 0
     for worker, queue in enumerate(schedule.queues):
         end = record + max(1, len(queue))
-        streaming = [record + slot for slot, task in enumerate(queue) if graph.tasks[task].stream]
-        following = streaming[0] if streaming else record  # after the last one comes the first of the next step
-        for i in range(end - 1, record - 1, -1):
-            words[i, TASK_NEXT_STREAM.value] = (following - i) * task_words
+        num_streams = sum(graph.tasks[task].stream is not None for task in queue)
+        stream = 0
+        for i in range(record, end):
+            words[i, TASK_STREAM_INDEX.value] = WORD_MASK | num_streams << 32
             words[i, TASK_VARIANT.value] = -1
             if not queue:
                 continue
@@ -100,7 +100,8 @@ def pack(
                 put(i, word, task.fields[name])
             if task.stream:
                 put_stream(i, task.stream)
-                following = i
+                words[i, TASK_STREAM_INDEX.value] = stream | num_streams << 32
+                stream += 1
         record = end
         starts[worker + 1] = record
     columns = np.array(relocations, dtype=np.int64).reshape(-1, 3)

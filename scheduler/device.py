@@ -17,7 +17,7 @@ TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
 TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
 TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
 TASK_STREAM = tl.constexpr(5)  # four words: the weights that this task reads
-TASK_NEXT_STREAM = tl.constexpr(9)  # words from here to the worker's next task that reads weights
+TASK_STREAM_INDEX = tl.constexpr(9)  # which of the worker's streams that is (-1: none) | how many it has << 32
 TASK_FIELDS = tl.constexpr(10)
 
 # Words of the control block (int64): what the host sets for a launch, and what the kernel tells it afterwards.

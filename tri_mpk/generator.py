@@ -109,7 +109,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
-    ring = start_ring(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, control_ptr, RING)
+    ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, TASK_WORDS, RING)
     running = num_tasks > 0
     while running:
         # nothing is hoisted out of the variants: it would hold registers in all of them

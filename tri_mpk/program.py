@@ -9,7 +9,7 @@ import torch
 
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
-from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET
+from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
 from tri_mpk.ops.op import Machine, OpCall, TensorHandle
 from tri_mpk.scheduler.descriptor import PackedQueues, pack
 from tri_mpk.scheduler.events import derive_events
@@ -68,7 +68,7 @@ def kernel_constants(
 class SharedMemoryPlan:
     """How a block's dynamic shared memory is divided: the compiler's own, then sums and the weight ring."""
 
-    base: int  # where the compiler's own ends
+    base: int  # behind the compiler's own and the table of streams
     ring_slots: int
     slot_bytes: int
     num_bytes: int
@@ -81,7 +81,8 @@ class SharedMemoryPlan:
             return cls(compiler_bytes, 0, 0, compiler_bytes)
         slot = max(2 * stream.slot_rows * stream.cols for stream in streams)
         slot = -(-slot // 128) * 128
-        base = -(-compiler_bytes // 128) * 128
+        num_streams = max(sum(program.graph.tasks[t].stream is not None for t in q) for q in program.schedule.queues)
+        base = -(-(compiler_bytes + num_streams * STREAM_BYTES.value) // 128) * 128
         fixed = base + RING_OFFSET.value
         slots = min((limit - fixed) // slot, MAX_SLOTS.value)
         if slots < 3:
