@@ -29,6 +29,7 @@ from tri_mpk.scheduler.graph import Address, Task
 MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop after this step
 MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
+STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 
 @triton.jit
 def argmax_tile(
-    task_ptr, event_ptr, control_ptr, mailbox_ptr, epoch,
+    task_ptr, signals, event_ptr, control_ptr, mailbox_ptr, epoch,
     best_value_ptr, best_index_ptr, tokens_ptr, step_ptr,  # in, in, out, in and out
     NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -64,9 +65,10 @@ def argmax_tile(
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
-    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, volatile=True) != 0  # travels over the bus while we wait
+    step = tl.load(step_ptr)  # written by this task alone
+    asks = step % STOP_INTERVAL == 0
+    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    step = tl.load(step_ptr)
     value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
     index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
     best = tl.max(value, axis=0)
@@ -80,7 +82,7 @@ def argmax_tile(
     tl.store(step_ptr, step + 1)
     tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
 
 
 def cut_argmax(

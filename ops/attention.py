@@ -43,8 +43,22 @@ def load_head(
 
 
 @triton.jit
+def load_block(
+    cache_ptr, page_table_ptr, kv_head, block, last, step,
+    HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [BLOCK_KV, BLOCK_DH] of a block of older tokens; zeros from block `last` on."""
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
+    base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH
+    offsets = base + tl.arange(0, BLOCK_KV)[:, None] * DH + d
+    return tl.load(cache_ptr + offsets, mask=((position < step) & (block < last))[:, None] & (d < DH), other=0.0)
+
+
+@triton.jit
 def attention_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
+    task_ptr, signals, event_ptr, control_ptr, epoch,
     qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr, step_ptr,  # in
     k_cache_ptr, v_cache_ptr,  # in and out
     acc_ptr, max_ptr, sum_ptr,  # out
@@ -63,6 +77,9 @@ def attention_tile(
     is_last = split == NUM_SPLITS - 1
     cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
     sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
+    # nobody writes older rows of the cache in this step: the first block is on its way while we wait
+    k = load_block(k_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
+    v = load_block(v_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
         q = load_head(
@@ -87,26 +104,26 @@ def attention_tile(
         q = q.to(k_cache_ptr.dtype.element_ty)
         for block in tl.range(first, last, num_stages=1):
             position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
-            page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE).to(tl.int64)
-            base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH
-            offsets = base + tl.arange(0, BLOCK_KV)[:, None] * DH + d
-            mask = (position < step)[:, None] & d_mask
-            k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            k = load_block(
+                k_cache_ptr, page_table_ptr, kv_head, block + 1, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
+            )
             scores = tl.where((position < step)[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
             p = tl.exp2(scores - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             l = l * alpha + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            v = load_block(
+                v_cache_ptr, page_table_ptr, kv_head, block + 1, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
+            )
             m = m_new
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
         tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
         tl.store(max_ptr + head, m, mask=h < GROUP)
         tl.store(sum_ptr + head, l, mask=h < GROUP)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
 
 
 def choose_splits(num_kv_heads: int, num_workers: int) -> int:
@@ -212,9 +229,9 @@ def attention_torch(
     return torch.einsum("ht,thd->hd", weights, values)
 
 
-def choose_block_kv(num_kv_heads: int, num_workers: int) -> int:
-    """The largest block that still gives 95 % of the workers one at 4096 tokens."""
-    block_kv = 64
+def choose_block_kv(num_kv_heads: int, num_workers: int, head_dim: int) -> int:
+    """The largest block of at most 4096 elements that still gives 95 % of the workers one at 4096 tokens."""
+    block_kv = 64 if head_dim <= 64 else 32
     while block_kv > 16 and 4096 // block_kv * num_kv_heads < 0.95 * num_workers:
         block_kv //= 2
     return block_kv

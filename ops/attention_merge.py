@@ -18,7 +18,7 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def attention_merge_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
+    task_ptr, signals, event_ptr, control_ptr, epoch,
     acc_ptr, max_ptr, sum_ptr, step_ptr, out_ptr,  # in, in, in, in, out
     head,
     H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
@@ -30,15 +30,17 @@ def attention_merge_tile(
     has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
     mask = (split < NUM_SPLITS) & (has_tokens | (split == NUM_SPLITS - 1))
     wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    # all loads before the first use of one: they are under way together
     m = tl.load(max_ptr + split * H + head, mask=mask, other=float("-inf"))
-    weight = tl.exp2(m - tl.max(m, axis=0))
-    total = tl.sum(weight * tl.load(sum_ptr + split * H + head, mask=mask, other=0.0), axis=0)
+    l = tl.load(sum_ptr + split * H + head, mask=mask, other=0.0)
     acc = tl.load(
         acc_ptr + (split * H + head)[:, None] * DH + d[None, :], mask=mask[:, None] & (d < DH)[None, :], other=0.0
     )
+    weight = tl.exp2(m - tl.max(m, axis=0))
+    total = tl.sum(weight * l, axis=0)
     out = tl.sum(acc * (weight / total)[:, None], axis=0)
     tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
 
 
 def cut_attention_merge(

@@ -17,7 +17,7 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def embedding_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
+    task_ptr, signals, event_ptr, control_ptr, epoch,
     tokens_ptr, step_ptr, table_ptr, y_ptr,  # in, in, in, out
     col0, num_cols,
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PORTABLE: tl.constexpr,
@@ -29,7 +29,7 @@ def embedding_tile(
     mask = cols < num_cols
     y = tl.load(table_ptr + token * D + col0 + cols, mask=mask, other=0.0)
     tl.store(y_ptr + col0 + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
 
 
 def cut_embedding(

@@ -19,7 +19,7 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def linear_residual_tile(
-    task_ptr, event_ptr, control_ptr, epoch, ring,
+    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -37,7 +37,7 @@ def linear_residual_tile(
             ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
     return ring
 
 

@@ -30,7 +30,7 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def lm_head_tile(
-    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, ring,
+    task_ptr, signals, event_ptr, control_ptr, logits_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
     task, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
@@ -63,7 +63,7 @@ def lm_head_tile(
     value = tl.max(best, axis=0)
     tl.store(best_value_ptr + task, value)
     tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
     return ring
 
 

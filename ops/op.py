@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.scheduler.graph import Region, Task
 
-KERNEL_PARAMETERS = ("task_ptr", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "ring")
+KERNEL_PARAMETERS = ("task_ptr", "signals", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "ring")
 MACHINE_CONSTANTS = ("PORTABLE", "RING", "WEIGHT", "BLOCK_K")
 
 

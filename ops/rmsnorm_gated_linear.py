@@ -28,7 +28,7 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_gated_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, ring,
+    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
@@ -54,7 +54,7 @@ def rmsnorm_gated_linear_tile(
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
     return ring
 
 

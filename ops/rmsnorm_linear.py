@@ -20,7 +20,7 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, ring,
+    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -40,7 +40,7 @@ def rmsnorm_linear_tile(
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(signals, event_ptr, PORTABLE)
     return ring
 
 

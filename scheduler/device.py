@@ -107,10 +107,15 @@ def wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
+def load_signals(task_ptr):
+    """Which events a task signals. Loaded before the wait, which empties the L1 cache: a signal must not be late."""
+    return tl.load(task_ptr + TASK_SIGNALS), tl.load(task_ptr + TASK_SIGNALS + 1)
+
+
+@triton.jit
+def signal(signals, event_ptr, PORTABLE: tl.constexpr):
     """All that this worker wrote may be read by whoever waits for this task's events."""
-    first = tl.load(task_ptr + TASK_SIGNALS)
-    second = tl.load(task_ptr + TASK_SIGNALS + 1)
+    first, second = signals
     if PORTABLE:
         tl.debug_barrier()
         for i in tl.static_range(4):

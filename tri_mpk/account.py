@@ -56,10 +56,6 @@ class Queues:
             if "num_rows" in names:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
 
-    def without_copies(self) -> None:
-        """The weight rings are told that every matrix has no rows: what lies in shared memory is multiplied."""
-        self.words[:, words.TASK_STREAM.value + 3] = 0
-
     def with_cached_weights(self) -> None:
         """Every row of every matrix is the same row, a different one for each worker: it comes from the L2 cache."""
         tensors = [tensor.data for tensor in self.program.tensors.values() if tensor.data is not None]
@@ -76,8 +72,6 @@ EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
     "as it is": (),
     "weights from the L2 cache": (Queues.with_cached_weights,),
     "weights from the L2 cache, no waits": (Queues.with_cached_weights, Queues.without_waits),
-    "no copies": (Queues.without_copies,),
-    "no copies, no waits, no attention": (Queues.without_copies, Queues.without_waits, Queues.without_attention),
     "no waits": (Queues.without_waits,),
     "no waits, no attention": (Queues.without_waits, Queues.without_attention),
     "no matrices": (Queues.without_matrices,),

@@ -68,7 +68,7 @@ def task_words(ops: Iterable[Op]) -> int:
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
     words = task_words(v.op for v in variants)
-    roots = [v.op.tile for v in variants] + [start_ring, drain_ring, device.wait_counter, device.pointer_field, device.int_field]
+    roots = [v.op.tile for v in variants] + [start_ring, drain_ring, device.wait_counter, device.load_signals, device.pointer_field, device.int_field]
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -138,7 +138,9 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
     constants = dict(variant.constants)
     words = {name: TASK_FIELDS + i for i, name in enumerate(field_names(variant.op))}
     for p in variant.op.tile.params:
-        if p.name in KERNEL_PARAMETERS:
+        if p.name == "signals":
+            yield "load_signals(task_ptr)"
+        elif p.name in KERNEL_PARAMETERS:
             yield p.name
         elif p.name == "WEIGHT":
             yield f"WEIGHT={weight}"

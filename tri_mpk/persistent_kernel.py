@@ -229,7 +229,7 @@ class PersistentKernel:
         _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
         _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
         _check_dims("attention_layer", output, "output", (num_q_heads * head_dim,))
-        block_kv = choose_block_kv(num_kv_heads, self.num_workers)
+        block_kv = choose_block_kv(num_kv_heads, self.num_workers, head_dim)
         if page_size % block_kv:
             raise ValueError(f"page_size={page_size} must be a multiple of {block_kv}, the rows that are read at once")
         label = label or f"attention_{len(self.calls)}"
