@@ -1,6 +1,6 @@
 """The second half of argmax, and the end of a decode step: which token comes next, and whether one comes.
 
-best value, index [num_parts] read | tokens [max_seq_len] int64 written | step [1] int32 read and written
+best value, index [num_parts] read | tokens [max_seq_len] int64 written | step [1] int32 written
 A single task. The token goes to tokens[step + 1] and to the host's mailbox, unless the prompt goes on; a tie goes to
 the lowest index. It also reads the host's stop request, so that nobody else has to.
 Source: torch.argmax, GenerationMixin.
@@ -56,8 +56,8 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 
 @triton.jit
 def argmax_tile(
-    task_ptr, signals, event_ptr, control_ptr, mailbox_ptr, epoch,
-    best_value_ptr, best_index_ptr, tokens_ptr, step_ptr,  # in, in, out, in and out
+    task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
+    best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
     NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.arange(0, BLOCK)
@@ -65,10 +65,9 @@ def argmax_tile(
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
-    step = tl.load(step_ptr)  # written by this task alone
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
     index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
     best = tl.max(value, axis=0)
@@ -78,11 +77,10 @@ def argmax_tile(
         tl.store(tokens_ptr + step + 1, token)
         publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
         stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
-    tl.debug_barrier()  # every thread has read step
     tl.store(step_ptr, step + 1)
     tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 def cut_argmax(
@@ -91,12 +89,11 @@ def cut_argmax(
     best_value: TensorHandle,
     best_index: TensorHandle,
     tokens: TensorHandle,
-    step: TensorHandle,
     grid_dim: int | None = None,
 ) -> Cut:
     if grid_dim not in (None, 1):
         raise ValueError(f"argmax has one task, got grid_dim={grid_dim}; leave grid_dim out")
-    tensors = {"best_value_ptr": best_value, "best_index_ptr": best_index, "tokens_ptr": tokens, "step_ptr": step}
+    tensors = {"best_value_ptr": best_value, "best_index_ptr": best_index, "tokens_ptr": tokens}
     num_parts = best_value.numel
     return Cut(
         {"NUM_PARTS": num_parts, "BLOCK": next_power_of_2(num_parts)},
@@ -105,8 +102,8 @@ def cut_argmax(
             Task(
                 op=0,
                 tile=(0,),
-                reads=(best_value.whole(), best_index.whole(), step.whole()),
-                writes=(tokens.whole(), step.whole()),
+                reads=(best_value.whole(), best_index.whole()),
+                writes=(tokens.whole(),),
                 cost_bytes=8 * num_parts,
                 fields={name: Address(tensor.name) for name, tensor in tensors.items()},
             )

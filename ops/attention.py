@@ -58,8 +58,8 @@ def load_block(
 
 @triton.jit
 def attention_tile(
-    task_ptr, signals, event_ptr, control_ptr, epoch,
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr, step_ptr,  # in
+    task, event_ptr, control_ptr, epoch, step,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,  # in
     k_cache_ptr, v_cache_ptr,  # in and out
     acc_ptr, max_ptr, sum_ptr,  # out
     kv_head, split,
@@ -70,7 +70,6 @@ def attention_tile(
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
     d_mask = d < DH
-    step = tl.load(step_ptr)
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
     first = split * num_blocks // NUM_SPLITS
     last = (split + 1) * num_blocks // NUM_SPLITS
@@ -80,7 +79,7 @@ def attention_tile(
     # nobody writes older rows of the cache in this step: the first block is on its way while we wait
     k = load_block(k_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
     v = load_block(v_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
         q = load_head(
             qkv_ptr, q_gain_ptr, cos_row, sin_row, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH, NORM, EPS
@@ -123,7 +122,7 @@ def attention_tile(
         tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
         tl.store(max_ptr + head, m, mask=h < GROUP)
         tl.store(sum_ptr + head, l, mask=h < GROUP)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 def choose_splits(num_kv_heads: int, num_workers: int) -> int:
@@ -143,7 +142,6 @@ def cut_attention(
     page_table: TensorHandle,
     cos_pos_embed: TensorHandle,
     sin_pos_embed: TensorHandle,
-    step: TensorHandle,
     acc: TensorHandle,
     row_max: TensorHandle,
     row_sum: TensorHandle,
@@ -165,7 +163,6 @@ def cut_attention(
         "cos_ptr": cos_pos_embed,
         "sin_ptr": sin_pos_embed,
         "page_table_ptr": page_table,
-        "step_ptr": step,
         "k_cache_ptr": k_cache,
         "v_cache_ptr": v_cache,
         "acc_ptr": acc,
@@ -188,7 +185,7 @@ def cut_attention(
         },
         pointers,
     )
-    tables = tuple(t.whole() for t in (q_norm, k_norm, cos_pos_embed, sin_pos_embed, page_table, step) if t)
+    tables = tuple(t.whole() for t in (q_norm, k_norm, cos_pos_embed, sin_pos_embed, page_table) if t)
     cache_bytes = 2 * k_cache.dims[0] * page_size * head_dim * k_cache.dtype.itemsize
     for head in range(num_kv_heads):
         q = input.span(head * group * head_dim, (head + 1) * group * head_dim)

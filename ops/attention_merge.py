@@ -18,18 +18,18 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def attention_merge_tile(
-    task_ptr, signals, event_ptr, control_ptr, epoch,
-    acc_ptr, max_ptr, sum_ptr, step_ptr, out_ptr,  # in, in, in, in, out
+    task, event_ptr, control_ptr, epoch, step,
+    acc_ptr, max_ptr, sum_ptr, out_ptr,  # in, in, in, out
     head,
     H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_DH)
-    num_blocks = (tl.load(step_ptr) + BLOCK_KV - 1) // BLOCK_KV
+    num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
     has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
     mask = (split < NUM_SPLITS) & (has_tokens | (split == NUM_SPLITS - 1))
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     # all loads before the first use of one: they are under way together
     m = tl.load(max_ptr + split * H + head, mask=mask, other=float("-inf"))
     l = tl.load(sum_ptr + split * H + head, mask=mask, other=0.0)
@@ -40,7 +40,7 @@ def attention_merge_tile(
     total = tl.sum(weight * l, axis=0)
     out = tl.sum(acc * (weight / total)[:, None], axis=0)
     tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 def cut_attention_merge(
@@ -49,13 +49,12 @@ def cut_attention_merge(
     acc: TensorHandle,
     row_max: TensorHandle,
     row_sum: TensorHandle,
-    step: TensorHandle,
     output: TensorHandle,
     block_kv: int,
     grid_dim: int | None = None,
 ) -> Cut:
     num_splits, num_heads, head_dim = acc.dims
-    pointers = {"acc_ptr": acc, "max_ptr": row_max, "sum_ptr": row_sum, "step_ptr": step, "out_ptr": output}
+    pointers = {"acc_ptr": acc, "max_ptr": row_max, "sum_ptr": row_sum, "out_ptr": output}
     cut = Cut(
         {
             "H": num_heads,
@@ -72,8 +71,7 @@ def cut_attention_merge(
             Task(
                 op=0,
                 tile=(head,),
-                reads=tuple(t.box((0, num_splits), (head, head + 1)) for t in (acc, row_max, row_sum))
-                + (step.whole(),),
+                reads=tuple(t.box((0, num_splits), (head, head + 1)) for t in (acc, row_max, row_sum)),
                 writes=(output.span(head * head_dim, (head + 1) * head_dim),),
                 cost_bytes=4 * num_splits * (head_dim + 2),
                 fields={name: Address(tensor.name) for name, tensor in pointers.items()} | {"head": head},

@@ -30,7 +30,6 @@ import triton.language as tl
 from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
-    CONTROL_SHARED_BASE,
     TASK_STREAM,
     TASK_STREAM_INDEX,
 )
@@ -38,12 +37,13 @@ from tri_mpk.scheduler.device import (
 WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
-# Shared memory of ours, in bytes: two barriers of 8 per slot (full, and 128 on, empty), sums of squares, row sums, the
-# slots. The worker's streams lie in front of all that, the first one last.
-SQUARES_OFFSET = tl.constexpr(256)
-SUMS_OFFSET = tl.constexpr(512)
+# Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
+# empty), sums of squares, row sums, the slots. The worker's streams lie in front of all that, the first one last.
+BARRIERS_OFFSET = tl.constexpr(512)
+SQUARES_OFFSET = tl.constexpr(768)
+SUMS_OFFSET = tl.constexpr(1024)
 SUMS_BYTES = tl.constexpr(8192)
-RING_OFFSET = tl.constexpr(8704)
+RING_OFFSET = tl.constexpr(9216)
 STREAM_BYTES = tl.constexpr(32)
 
 
@@ -70,11 +70,9 @@ def read_stream(smem, stream):
 
 
 @triton.jit
-def start_ring(queue_ptr, num_tasks, control_ptr, TASK_WORDS: tl.constexpr, RING: tl.constexpr):
+def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr, RING: tl.constexpr):
     """Notes which weights this worker reads, in order, and requests the first of them."""
     if RING:
-        smem = tl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-        smem += tl.load(control_ptr + CONTROL_SHARED_BASE).to(tl.int32)
         slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
         capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
         num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
@@ -115,7 +113,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, TASK_WORDS: tl.constexpr, RING
             DONE: bar.sync 0; mov.u32 $0, 0;
             }""",
             "=r,r,r",
-            [smem, thread_index()],
+            [smem + BARRIERS_OFFSET, thread_index()],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -152,7 +150,7 @@ def request_rows(smem, slot, phase, capacity, num_streams, cursor):
         "=r,r,r,r,r,l,r,r",
         [
             slot * LANES,
-            smem + slot * 8,
+            smem + BARRIERS_OFFSET + slot * 8,
             phase,
             smem + RING_OFFSET + slot * capacity,
             addr,
@@ -188,7 +186,7 @@ def await_slot(smem, slot, phase):
         mov.u32 $0, 0;
         }""",
         "=r,r,r",
-        [smem + slot * 8, phase],
+        [smem + BARRIERS_OFFSET + slot * 8, phase],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -208,7 +206,7 @@ def release_slot(ring):
         mov.u32 $0, 0;
         }""",
         "=r,r,r",
-        [smem + slot * 8, thread_index() % LANES],
+        [smem + BARRIERS_OFFSET + slot * 8, thread_index() % LANES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -348,7 +346,7 @@ def write_lane_sums(address, values, STRIDE: tl.constexpr):
 @triton.jit
 def low_half(word, DTYPE: tl.constexpr):
     """The first of two 16-bit numbers in a word, in fp32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (word << 16).to(tl.float32, bitcast=True)
     else:
         return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -356,7 +354,7 @@ def low_half(word, DTYPE: tl.constexpr):
 
 @triton.jit
 def high_half(word, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (word & -65536).to(tl.float32, bitcast=True)
     else:
         return (word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -367,7 +365,7 @@ def load_eight(ptr, wanted):
     """Eight elements from each pointer on, in fp32; zeros where `wanted` is 0."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     a, b, c, d = load_words(ptr, wanted)
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         e, f, g, h = load_words(ptr + 4, wanted)
         return (
             a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True),
@@ -387,7 +385,7 @@ def load_eight(ptr, wanted):
 
 @triton.jit
 def thread_place(K: tl.constexpr, SLOT_ROWS: tl.constexpr):
-    """[WARPS, LANES], one element per thread: first row in a slot, segment, and first column, counted in the segment."""
+    """[WARPS, LANES], one element per thread: first row in a slot, segment, first column in the segment."""
     SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
     WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
     warp = tl.arange(0, WARPS)[:, None] + tl.zeros([1, LANES], tl.int32)
@@ -471,7 +469,7 @@ def row_sums(
     K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Dot products [BLOCK_N] of row block `block` with x (times gain). Rows beyond `num_rows` come out as any number."""
+    """Dot products [BLOCK_N] of row block `block` with x (times gain); any number beyond `num_rows`."""
     if RING:
         SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
         address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * (SEGMENTS * 4)

@@ -19,14 +19,14 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def linear_residual_tile(
-    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
@@ -37,7 +37,7 @@ def linear_residual_tile(
             ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

@@ -30,9 +30,9 @@ from tri_mpk.scheduler.graph import Address, Task
 
 @triton.jit
 def lm_head_tile(
-    task_ptr, signals, event_ptr, control_ptr, logits_ptr, epoch, ring,
-    x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
-    task, row0, num_rows,
+    task, event_ptr, control_ptr, logits_ptr, epoch, step, ring,
+    x_ptr, gain_ptr, weight_addr, best_value_ptr, best_index_ptr,  # in, in, in, out, out
+    part, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -40,11 +40,10 @@ def lm_head_tile(
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     best_row = tl.zeros([BLOCK_N], tl.int32)
-    step = tl.load(step_ptr)
     wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
@@ -61,9 +60,9 @@ def lm_head_tile(
         best_row = tl.where(better, row, best_row)
         best = tl.where(better, y, best)
     value = tl.max(best, axis=0)
-    tl.store(best_value_ptr + task, value)
-    tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
-    signal(signals, event_ptr, PORTABLE)
+    tl.store(best_value_ptr + part, value)
+    tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
@@ -73,7 +72,6 @@ def cut_lm_head(
     input: TensorHandle,
     weight_norm: TensorHandle,
     weight_linear: TensorHandle,
-    step: TensorHandle,
     best_value: TensorHandle,
     best_index: TensorHandle,
     eps: float,
@@ -90,7 +88,6 @@ def cut_lm_head(
         {
             "x_ptr": input,
             "gain_ptr": weight_norm,
-            "step_ptr": step,
             "best_value_ptr": best_value,
             "best_index_ptr": best_index,
         },
@@ -102,17 +99,16 @@ def cut_lm_head(
             Task(
                 op=0,
                 tile=(i,),
-                reads=(input.whole(), weight_norm.whole(), weight_rows, step.whole()),
+                reads=(input.whole(), weight_norm.whole(), weight_rows),
                 writes=(best_value.span(i, i + 1), best_index.span(i, i + 1)),
                 cost_bytes=(hi - lo) * hidden_size * weight_linear.dtype.itemsize,
                 fields={
                     "x_ptr": Address(input.name),
                     "gain_ptr": Address(weight_norm.name),
                     "weight_addr": stream.start,
-                    "step_ptr": Address(step.name),
                     "best_value_ptr": Address(best_value.name),
                     "best_index_ptr": Address(best_index.name),
-                    "task": i,
+                    "part": i,
                     "row0": lo,
                     "num_rows": hi - lo,
                 },

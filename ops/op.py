@@ -4,7 +4,7 @@ The signature of the tile function is the declaration of the op's task descripto
 the kernel both come from it. A parameter named
 
 * `*_ptr` is a typed pointer field (16-byte aligned), `*_addr` a byte address (int64), any other name an int32 field;
-* in KERNEL_PARAMETERS comes from the kernel itself (its task, the events, the epoch, the weight ring, ...);
+* in KERNEL_PARAMETERS comes from the kernel itself (its task, events, epoch, position, weight ring, ...);
 * annotated `tl.constexpr` is fixed at generation, by the op's cut or, if in MACHINE_CONSTANTS, for the whole kernel.
 """
 
@@ -18,7 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.scheduler.graph import Region, Task
 
-KERNEL_PARAMETERS = ("task_ptr", "signals", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "ring")
+KERNEL_PARAMETERS = (
+    "task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "step", "step_ptr", "ring",
+)  # fmt: skip
 MACHINE_CONSTANTS = ("PORTABLE", "RING", "WEIGHT", "BLOCK_K")
 
 

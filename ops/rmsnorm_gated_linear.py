@@ -1,7 +1,8 @@
 """RMSNorm and a gated linear layer: h = silu(gate) * up, gate = W_gate @ x_norm, up = W_up @ x_norm.
 
 x [D] fp32 read | gain [D] read | W_gate, W_up [N, D] read | h [N] written | arithmetic in fp32
-One task = the same consecutive rows of both matrices, so that a worker has both halves of its h. Source: arXiv:2002.05202 (SwiGLU); transformers LlamaMLP.
+One task = the same consecutive rows of both matrices, so that a worker has both halves of its h.
+Source: arXiv:2002.05202 (SwiGLU); transformers LlamaMLP.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_gated_linear_tile(
-    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
@@ -37,7 +38,7 @@ def rmsnorm_gated_linear_tile(
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
     ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
@@ -54,7 +55,7 @@ def rmsnorm_gated_linear_tile(
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

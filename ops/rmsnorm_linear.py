@@ -20,7 +20,7 @@ from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 @triton.jit
 def rmsnorm_linear_tile(
-    task_ptr, signals, event_ptr, control_ptr, epoch, ring,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -29,7 +29,7 @@ def rmsnorm_linear_tile(
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
@@ -40,7 +40,7 @@ def rmsnorm_linear_tile(
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(signals, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from .device import (
     TASK_FIELDS,
-    TASK_STREAM_INDEX,
     TASK_SIGNALS,
     TASK_STREAM,
+    TASK_STREAM_INDEX,
     TASK_VARIANT,
     TASK_WAIT,
     TASK_WAIT_COUNT,

@@ -41,15 +41,84 @@ CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 
 
+# Our part of shared memory begins with the descriptors of the present task and of the next one.
+DESCRIPTOR_BYTES = tl.constexpr(256)
+SHARED_BYTES = tl.constexpr(512)
+
+
 @triton.jit
-def pointer_field(task_ptr, word, DTYPE: tl.constexpr):
+def shared_memory(control_ptr, PORTABLE: tl.constexpr):
+    """Address of our part of shared memory, which lies behind the compiler's."""
+    if PORTABLE:
+        return 0
+    else:
+        smem = tl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        return smem + tl.load(control_ptr + CONTROL_SHARED_BASE).to(tl.int32)
+
+
+@triton.jit
+def fetch_task(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Starts to copy a task descriptor to shared memory, where it is when the present task has signalled.
+
+    Every wait empties the L1 cache, and a descriptor word that came late would hold up all that wait for this task.
+    """
+    if not PORTABLE:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 at; .reg .u64 from;
+            mov.u32 at, %tid.x; setp.ge.u32 p, at, $3; mad.wide.u32 from, at, 16, $1; mad.lo.u32 at, at, 16, $2;
+            @!p cp.async.ca.shared.global [at], [from], 16;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            [
+                (queue_ptr + slot * TASK_WORDS).to(tl.int64),
+                smem + turn % 2 * DESCRIPTOR_BYTES,
+                turn * 0 + TASK_WORDS // 2,
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def fetch_first_task(queue_ptr, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+    if not PORTABLE:
+        fetch_task(queue_ptr, 0, smem * 0, smem, TASK_WORDS, PORTABLE)
+        tl.inline_asm_elementwise(
+            "cp.async.wait_all; bar.sync 0; mov.u32 $0, $1;", "=r,r", [smem], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def task_address(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Where `task_word` finds the descriptor: a pointer, or an address in shared memory."""
+    if PORTABLE:
+        return queue_ptr + slot * TASK_WORDS
+    else:
+        return smem + turn % 2 * DESCRIPTOR_BYTES
+
+
+@triton.jit
+def task_word(task, word, PORTABLE: tl.constexpr):
+    if PORTABLE:
+        return tl.load(task + word)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def pointer_field(task, word, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
     """A pointer of the task descriptor; the compiler learns its 16-byte alignment from the arithmetic."""
-    return tl.multiple_of((tl.load(task_ptr + word) // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+    return tl.multiple_of((task_word(task, word, PORTABLE) // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
-def int_field(task_ptr, word):
-    return tl.load(task_ptr + word).to(tl.int32)
+def int_field(task, word, PORTABLE: tl.constexpr):
+    return task_word(task, word, PORTABLE).to(tl.int32)
 
 
 @triton.jit
@@ -97,25 +166,20 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
 
 
 @triton.jit
-def wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
+def wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
     """What the producers of this task's event wrote may be read afterwards."""
-    count = tl.load(task_ptr + TASK_WAIT_COUNT).to(tl.int32)
+    count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
     if count > 0:
-        task_idx = (tl.load(task_ptr + TASK_VARIANT) >> 32).to(tl.int32)
-        counter_ptr = event_ptr + tl.load(task_ptr + TASK_WAIT)
+        task_idx = (task_word(task, TASK_VARIANT, PORTABLE) >> 32).to(tl.int32)
+        counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
         wait_counter(counter_ptr, epoch * count, task_idx, control_ptr, PORTABLE)
 
 
 @triton.jit
-def load_signals(task_ptr):
-    """Which events a task signals. Loaded before the wait, which empties the L1 cache: a signal must not be late."""
-    return tl.load(task_ptr + TASK_SIGNALS), tl.load(task_ptr + TASK_SIGNALS + 1)
-
-
-@triton.jit
-def signal(signals, event_ptr, PORTABLE: tl.constexpr):
-    """All that this worker wrote may be read by whoever waits for this task's events."""
-    first, second = signals
+def signal(task, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there."""
+    first = task_word(task, TASK_SIGNALS, PORTABLE)
+    second = task_word(task, TASK_SIGNALS + 1, PORTABLE)
     if PORTABLE:
         tl.debug_barrier()
         for i in tl.static_range(4):
@@ -128,6 +192,7 @@ def signal(signals, event_ptr, PORTABLE: tl.constexpr):
         tl.inline_asm_elementwise(
             """{
             .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+            cp.async.wait_all;
             bar.sync 0;
             mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
             mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;

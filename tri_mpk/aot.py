@@ -25,6 +25,7 @@ SIGNATURE = {
     "queue_start_ptr": "*i32",
     "event_ptr": "*i32",
     "control_ptr": "*i64",
+    "step_ptr": "*i32",
     "logits_ptr": "*fp32",
     "mailbox_ptr": "*i64",
     "first_worker": "i32",

@@ -33,6 +33,8 @@ TRITON_DTYPES = {
     torch.int32: "tl.int32",
 }
 TASK_FIELDS = device.TASK_FIELDS.value
+# device functions that the worker loop itself calls
+USED = ("shared_memory", "fetch_first_task", "fetch_task", "task_address", "wait_counter", "pointer_field", "int_field")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def task_words(ops: Iterable[Op]) -> int:
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
     words = task_words(v.op for v in variants)
-    roots = [v.op.tile for v in variants] + [start_ring, drain_ring, device.wait_counter, device.load_signals, device.pointer_field, device.int_field]
+    roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -98,10 +100,9 @@ def _describe(variant: Variant) -> str:
     return f"{variant.op.name}({', '.join(f'{k}={v}' for k, v in variant.constants)})"
 
 
-def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
-    yield from f'''\
+WORKER_LOOP = '''\
 @triton.jit
-def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, mailbox_ptr, first_worker):
+def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
     """Worker w runs tasks queue_start[w] to queue_start[w + 1] of the queue once per epoch, until told to stop."""
     worker = tl.program_id(0) + first_worker
     first_task = tl.load(queue_start_ptr + worker).to(tl.int64)
@@ -109,13 +110,25 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
-    ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, TASK_WORDS, RING)
+    smem = shared_memory(control_ptr, PORTABLE)
+    ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
+    turn = 0
+    fetch_first_task(worker_queue_ptr, smem, TASK_WORDS, PORTABLE)
     running = num_tasks > 0
     while running:
+        step = tl.load(step_ptr)  # changes at the end of a step only
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
-            task_ptr = worker_queue_ptr + slot * TASK_WORDS
-            variant = int_field(task_ptr, TASK_VARIANT)'''.split("\n")
+            task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
+            next_slot = tl.where(slot + 1 == num_tasks, 0, slot + 1)
+            fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
+            turn ^= 1
+            variant = int_field(task, TASK_VARIANT, PORTABLE)
+'''
+
+
+def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
+    yield from WORKER_LOOP.splitlines()
     for i, variant in enumerate(variants):
         call = f"{variant.op.tile.__name__}("
         if "ring" in [p.name for p in variant.op.tile.params]:
@@ -125,6 +138,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
         yield from (f"                    {argument}," for argument in _arguments(variant, weight))
         yield "                )"
     yield from (
+        "            else:  # a worker without tasks",
+        "                signal(task, event_ptr, PORTABLE)",
         "        # the step event",
         "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
         "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
@@ -138,9 +153,7 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
     constants = dict(variant.constants)
     words = {name: TASK_FIELDS + i for i, name in enumerate(field_names(variant.op))}
     for p in variant.op.tile.params:
-        if p.name == "signals":
-            yield "load_signals(task_ptr)"
-        elif p.name in KERNEL_PARAMETERS:
+        if p.name in KERNEL_PARAMETERS:
             yield p.name
         elif p.name == "WEIGHT":
             yield f"WEIGHT={weight}"
@@ -149,11 +162,11 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
         elif p.is_constexpr:
             yield f"{p.name}={constants[p.name]!r}"
         elif p.name.endswith("_ptr"):
-            yield f"{p.name}=pointer_field(task_ptr, {words[p.name]}, {TRITON_DTYPES[dtypes[p.name]]})"
+            yield f"{p.name}=pointer_field(task, {words[p.name]}, {TRITON_DTYPES[dtypes[p.name]]}, PORTABLE)"
         elif p.name.endswith("_addr"):
-            yield f"{p.name}=tl.load(task_ptr + {words[p.name]})"
+            yield f"{p.name}=task_word(task, {words[p.name]}, PORTABLE)"
         else:
-            yield f"{p.name}=int_field(task_ptr, {words[p.name]})"
+            yield f"{p.name}=int_field(task, {words[p.name]}, PORTABLE)"
 
 
 def _definitions(roots: list[JITFunction]) -> Iterator[str]:

@@ -131,7 +131,7 @@ class PersistentKernel:
     ) -> None:
         """output [D] fp32 = weight[tokens[step]], weight [V, D]."""
         _check_dims("embed_layer", output, "output", (weight.dims[1],))
-        tensors = {"tokens": input or self.tokens, "step": self.step, "weight": weight, "output": output}
+        tensors = {"tokens": input or self.tokens, "weight": weight, "output": output}
         self._call(EMBEDDING, label, grid_dim, tensors)
 
     def rmsnorm_linear_layer(
@@ -246,14 +246,13 @@ class PersistentKernel:
             "page_table": page_table,
             "cos_pos_embed": cos_pos_embed,
             "sin_pos_embed": sin_pos_embed,
-            "step": self.step,
             "q_norm": q_norm,
             "k_norm": k_norm,
         }
         scale = default_scale(head_dim) if scale is None else scale
         options = {"num_q_heads": num_q_heads, "scale": scale, "block_kv": block_kv, "eps": eps}
         self._call(ATTENTION, label, None, tensors | partial, **options)
-        merge = partial | {"step": self.step, "output": output}
+        merge = partial | {"output": output}
         self._call(ATTENTION_MERGE, f"{label}_merge", None, merge, block_kv=block_kv)
 
     def lm_head_layer(
@@ -274,7 +273,7 @@ class PersistentKernel:
         best_value, best_index = output
         _check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
         self.vocab_size = vocab_size
-        tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "step": self.step}
+        tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear}
         best = {"best_value": best_value, "best_index": best_index}
         self._call(LM_HEAD, label, grid_dim, tensors | best, eps=eps)
 
@@ -286,7 +285,7 @@ class PersistentKernel:
         label: str | None = None,
     ) -> None:
         """The most likely token goes to tokens[step + 1], and the step ends. `input` is lm_head_layer's output."""
-        tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens, "step": self.step}
+        tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
         self._call(ARGMAX, label, grid_dim, tensors)
 
     # ---- from graph to launch ----

@@ -12,6 +12,7 @@ from tri_mpk.generator import KernelConstants, Variant, field_names, generate, t
 from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
 from tri_mpk.ops.op import Machine, OpCall, TensorHandle
 from tri_mpk.scheduler.descriptor import PackedQueues, pack
+from tri_mpk.scheduler.device import SHARED_BYTES
 from tri_mpk.scheduler.events import derive_events
 from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
 from tri_mpk.scheduler.queues import schedule
@@ -78,7 +79,8 @@ class SharedMemoryPlan:
         """As many slots as fit under `limit`. Raises DeviceError when not even three do."""
         streams = [task.stream for task in program.graph.tasks if task.stream]
         if not program.constants.ring or not streams:
-            return cls(compiler_bytes, 0, 0, compiler_bytes)
+            base = -(-compiler_bytes // 128) * 128
+            return cls(base, 0, 0, base + SHARED_BYTES.value)
         slot = max(2 * stream.slot_rows * stream.cols for stream in streams)
         slot = -(-slot // 128) * 128
         num_streams = max(sum(program.graph.tasks[t].stream is not None for t in q) for q in program.schedule.queues)
@@ -113,14 +115,10 @@ def plan(
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
-    graph.tensors = {
-        name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()
-    }
+    graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     events = derive_events(graph)
     queues = schedule(graph, events, num_workers)
     report = verify(graph, events, queues)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
-    return Program(
-        graph, events, queues, report, list(variants), constants, tensors, source, seconds
-    )
+    return Program(graph, events, queues, report, list(variants), constants, tensors, source, seconds)

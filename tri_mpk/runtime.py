@@ -184,7 +184,8 @@ class CudaRuntime(Runtime):
 
     def _arguments(self, logits: torch.Tensor | None) -> tuple:
         logits = self.default_logits if logits is None else logits
-        return self.queue, self.queue_start, self.events, self.control, logits, self.mailbox, 0
+        step = self.program.tensors["step"].data
+        return self.queue, self.queue_start, self.events, self.control, step, logits, self.mailbox, 0
 
     def _compile(self) -> tuple[CompiledKernel, SharedMemoryPlan]:
         with torch.cuda.device(self.device):
@@ -208,9 +209,7 @@ class CudaRuntime(Runtime):
         with torch.cuda.device(self.device):
             self.began.record()
             try:
-                self.kernel[(num_workers,)](
-                    *self._arguments(request.logits), **COMPILE_OPTIONS
-                )
+                self.kernel[(num_workers,)](*self._arguments(request.logits), **COMPILE_OPTIONS)
             except RuntimeError as error:
                 raise DeviceError(
                     f"{self.device} cannot run {num_workers} workers at once (an MPS share, a MIG slice or another"
@@ -283,6 +282,7 @@ class InterpreterRuntime(Runtime):
             self.selector.register(process.stdout, selectors.EVENT_READ, worker)
         packed = self.program.pack()
         tensors = self.program.tensors
+        arguments = self.events, self.control, tensors["step"].data, self.mailbox
         message = {
             "what": "load",
             "source": str(self.source_path),
@@ -292,7 +292,10 @@ class InterpreterRuntime(Runtime):
             "indices": torch.from_numpy(packed.tensors).long(),
             "signs": torch.from_numpy(packed.signs),
             "queue_start": torch.from_numpy(packed.queue_start),
-            "arguments": [(*self.memory.locate(t), t.dtype) for t in (self.events, self.control, self.mailbox)],
+            "arguments": [
+                (*self.memory.locate(t), t.dtype)
+                for t in (self.events, self.control, tensors["step"].data, self.mailbox)
+            ],
         }
         for worker, process in enumerate(self.workers):
             self._send(process, message | {"worker": worker})
