@@ -46,14 +46,33 @@ def load_head(
 def load_block(
     cache_ptr, page_table_ptr, kv_head, block, last, step,
     HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values [BLOCK_KV, BLOCK_DH] of a block of older tokens; zeros from block `last` on."""
+    """Keys or values [NUM_BLOCKS * BLOCK_KV, BLOCK_DH] of older tokens, from a block on; zeros from `last` on."""
     d = tl.arange(0, BLOCK_DH)[None, :]
-    position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
-    base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH
-    offsets = base + tl.arange(0, BLOCK_KV)[:, None] * DH + d
-    return tl.load(cache_ptr + offsets, mask=((position < step) & (block < last))[:, None] & (d < DH), other=0.0)
+    position = block * BLOCK_KV + tl.arange(0, NUM_BLOCKS * BLOCK_KV)
+    wanted = (position < step) & (position < last * BLOCK_KV)
+    if NUM_BLOCKS == 1:  # within one page
+        page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
+        row = (page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE + tl.arange(0, BLOCK_KV)
+    else:
+        page = tl.load(page_table_ptr + position // PAGE_SIZE, mask=wanted, other=0).to(tl.int64)
+        row = (page * HKV + kv_head) * PAGE_SIZE + position % PAGE_SIZE
+    return tl.load(cache_ptr + row[:, None] * DH + d, mask=wanted[:, None] & (d < DH), other=0.0)
+
+
+@triton.jit
+def attend(q, k, v, position0, step, m, l, acc):
+    """One step of the online softmax: keys and values of the tokens from `position0` on."""
+    position = position0 + tl.arange(0, k.shape[0])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where((position < step)[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, axis=1))
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l, acc
 
 
 @triton.jit
@@ -76,9 +95,15 @@ def attention_tile(
     is_last = split == NUM_SPLITS - 1
     cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
     sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
-    # nobody writes older rows of the cache in this step: the first block is on its way while we wait
-    k = load_block(k_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
-    v = load_block(v_cache_ptr, page_table_ptr, kv_head, first, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV)
+    # nobody writes older rows of the cache in this step: the first small block is on its way while we wait
+    SMALL_PER_LARGE: tl.constexpr = 4
+    first_small = last - (last - first) % SMALL_PER_LARGE
+    k = load_block(
+        k_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
+    )
+    v = load_block(
+        v_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
+    )
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
         q = load_head(
@@ -101,22 +126,27 @@ def attention_tile(
             l += 1.0
             acc += v_new.to(tl.float32)
         q = q.to(k_cache_ptr.dtype.element_ty)
-        for block in tl.range(first, last, num_stages=1):
-            position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        # long contexts: many tokens under way at once
+        for block in tl.range(first, first_small, SMALL_PER_LARGE, num_stages=1):
+            k_large = load_block(
+                k_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
+            )  # fmt: skip
+            v_large = load_block(
+                v_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
+            )  # fmt: skip
+            m, l, acc = attend(q, k_large, v_large, block * BLOCK_KV, step, m, l, acc)
+        for block in tl.range(first_small, last, num_stages=1):
+            m, l, acc = attend(q, k, v, block * BLOCK_KV, step, m, l, acc)
             k = load_block(
-                k_cache_ptr, page_table_ptr, kv_head, block + 1, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
-            )
-            scores = tl.where((position < step)[None, :], scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, axis=1))
-            p = tl.exp2(scores - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            l = l * alpha + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+                k_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
+            )  # fmt: skip
             v = load_block(
-                v_cache_ptr, page_table_ptr, kv_head, block + 1, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
-            )
-            m = m_new
+                v_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
+            )  # fmt: skip
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
         tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
