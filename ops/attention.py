@@ -96,7 +96,7 @@ def attention_tile(
     cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
     sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
     # nobody writes older rows of the cache in this step: the first small block is on its way while we wait
-    SMALL_PER_LARGE: tl.constexpr = 4
+    SMALL_PER_LARGE: tl.constexpr = 2
     first_small = last - (last - first) % SMALL_PER_LARGE
     k = load_block(
         k_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
