@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import block_rows, dot_rows, load_segment, slot_rows
+from tri_mpk.ops.gemv import (
+    block_rows,
+    dot_rows,
+    load_segment,
+    settle_ring,
+    slot_rows,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
 from tri_mpk.scheduler.device import signal, wait
@@ -38,7 +44,7 @@ def linear_residual_tile(
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
-    return ring
+    return settle_ring(ring, RING)
 
 
 def cut_linear_residual(

@@ -19,6 +19,7 @@ from tri_mpk.ops.gemv import (
     inverse_rms,
     load_segment,
     scale_segment,
+    settle_ring,
     skip_rows,
     slot_rows,
 )
@@ -63,7 +64,7 @@ def lm_head_tile(
     tl.store(best_value_ptr + part, value)
     tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
     signal(task, event_ptr, PORTABLE)
-    return ring
+    return settle_ring(ring, RING)
 
 
 def cut_lm_head(

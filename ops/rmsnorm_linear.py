@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import block_rows, dot_rows, inverse_rms, load_segment, scale_segment, slot_rows
+from tri_mpk.ops.gemv import (
+    block_rows,
+    dot_rows,
+    inverse_rms,
+    load_segment,
+    scale_segment,
+    settle_ring,
+    slot_rows,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
@@ -41,7 +49,7 @@ def rmsnorm_linear_tile(
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
-    return ring
+    return settle_ring(ring, RING)
 
 
 def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine) -> WeightStream:
