@@ -29,6 +29,8 @@ def summary(report: dict) -> str:
         if row["rel_l2"] is not None:
             line += f", relative L2 to fp32 {row['rel_l2']:.1e} (bf16 {row['rel_l2_bf16']:.1e})"
         lines.append(line)
+    for entry in report.get("account", []):
+        lines.append(f"  context {entry['context']:6}: {entry['ms_p50']:.3f} ms/token with {entry['change']}")
     return "\n".join(lines)
 
 
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launches", type=int, default=20)
     parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile, which takes most of the time")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
+    parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
     parser.add_argument("--commit", help="to record where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -54,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
                 launches=options.launches,
                 baseline=not options.no_baseline,
                 check=not options.no_check,
+                account=options.account,
             )
         except Exception:  # the other geometries still count
             traceback.print_exc()

@@ -196,7 +196,7 @@ def await_slot(smem, slot, phase):
 
 @triton.jit
 def release_slot(ring, refills):
-    """This warp has read the current slot. The ring moves on; the slot before it is refilled, now or by `settle_ring`."""
+    """This warp has read the current slot. The ring moves on; it is refilled now, or later by `settle_ring`."""
     smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed, cursor = ring
     tl.inline_asm_elementwise(
         """{
@@ -215,7 +215,7 @@ def release_slot(ring, refills):
     slot, phase = next_slot(slot, phase, slots)
     ring = (smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed + 1, cursor)
     if refills:
-        ring = refill_slot_of(ring)
+        ring = refill(ring)
     return ring
 
 
@@ -229,7 +229,7 @@ def next_slot(slot, phase, slots):
 
 
 @triton.jit
-def refill_slot_of(ring):
+def refill(ring):
     smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed, cursor = ring
     cursor = request_rows(smem, refill_slot, refill_phase, capacity, num_streams, cursor)
     refill_slot, refill_phase = next_slot(refill_slot, refill_phase, slots)
@@ -241,7 +241,7 @@ def settle_ring(ring, RING: tl.constexpr):
     """Refills what a task left over, after its signal: requests under way delay the signal's way to memory."""
     if RING:
         for _ in tl.range(0, ring[8], num_stages=1):
-            ring = refill_slot_of(ring)
+            ring = refill(ring)
     return ring
 
 

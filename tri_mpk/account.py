@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from tri_mpk.benchmark import measure
 from tri_mpk.generator import field_names
 from tri_mpk.model import CausalLM
 from tri_mpk.scheduler import device as words
 
-SKIPPED = -1  # a variant that no branch of the kernel has
+SKIPPED = -1  # the variant of a task that only signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,7 @@ EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
 
 @contextmanager
 def edited(model: CausalLM, edits: tuple[Callable[[Queues], None], ...]) -> Iterator[None]:
+    """The model's kernel on edited queues meanwhile."""
     runtime = model.kernel.runtime
     queues = Queues(model)
     for edit in edits:
@@ -93,13 +93,11 @@ def edited(model: CausalLM, edits: tuple[Callable[[Queues], None], ...]) -> Iter
         yield
     finally:
         runtime.queue = original
-        runtime.set_epoch(1)  # tasks that were skipped did not signal
 
 
-def account(model: CausalLM, context: int, num_tokens: int = 32, launches: int = 10) -> Iterator[Entry]:
-    """Medians of ms per token at KV length `context`: as it is, and with each loss taken away."""
+def account(model: CausalLM, measure: Callable[[], float]) -> Iterator[Entry]:
+    """What `measure`, ms per token of a launch, returns as it is and with each loss taken away."""
     model.compile()
     for name, edits in EDITS.items():
         with edited(model, edits):
-            entry = Entry(name, measure(model, context, num_tokens, launches)["ms_p50"])
-        yield entry
+            yield Entry(name, measure())

@@ -66,38 +66,28 @@ def compile_for(source_path: Path, target: str) -> CompiledKernel:
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """What a compiled kernel takes of an SM, and how wide the weights are loaded.
+    """What a compiled kernel takes of an SM, without the shared memory of the weight ring, which a launch adds.
 
     `registers` and `stack_bytes` are per thread. `spills` counts the instructions that write or read local memory (STL,
-    LDL); with 4-byte spills each is 4 of ptxas' spill bytes. Weight loads are those marked evict_first; wide ones
-    bring 16 bytes per lane or more.
+    LDL). `bulk_copies` are the places that refill the weight ring: none means that weights come by plain loads.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
         sass = _cuobjdump("-sass", cubin)
-    loads = re.findall(r"\bld\.global\S*evict_first\S*", kernel.asm["ptx"])
-    wide = sum(_bytes_per_lane(load) >= 16 for load in loads)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": kernel.metadata.shared,
-        "wide_weight_loads": wide,
-        "narrow_weight_loads": len(loads) - wide,
+        "bulk_copies": kernel.asm["ptx"].count("cp.async.bulk.shared"),
     }
 
 
 def _cuobjdump(what: str, cubin: Path) -> str:
     tool = triton.knobs.nvidia.cuobjdump.path  # ships with Triton
     return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
-
-
-def _bytes_per_lane(load: str) -> int:
-    """`ld.global.L1::evict_first.v4.b32` -> 16"""
-    vector, bits = re.search(r"(?:\.v(\d))?\.[bsuf](\d+)$", load).groups()
-    return int(vector or 1) * int(bits) // 8
 
 
 def compile_report(source_path: Path, target: str) -> dict[str, int | float]:

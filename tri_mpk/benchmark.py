@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import tri_mpk
+from tri_mpk.account import account as account_entries
 from tri_mpk.baseline import copy_bandwidth_gbps, measure_baseline
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import write_source
@@ -77,6 +79,10 @@ def measure(
     for _ in range(warmup):
         decode_at(model, context, num_tokens)
     return quantiles([decode_at(model, context, num_tokens) for _ in range(launches)])
+
+
+def median_ms(model: CausalLM, context: int, num_tokens: int, launches: int) -> float:
+    return measure(model, context, num_tokens, launches)["ms_p50"]
 
 
 def quantiles(times_ms: Sequence[float]) -> dict[str, float]:
@@ -295,6 +301,7 @@ def run_bench(
     launches: int = 20,
     baseline: bool = True,
     check: bool = True,
+    account: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -304,6 +311,7 @@ def run_bench(
         contexts: KV lengths. At 512 and 4096 `check` compares our logits with the fp32 reference.
         num_tokens: tokens per launch; the KV length passes the context half-way.
         baseline: time the torch.compile baseline on the same weights too (takes most of the run).
+        account: also time each context with one loss after the other taken away (tri_mpk/account.py).
 
     Raises: DeviceError without a CUDA GPU, ValueError for an unknown geometry, AssertionError when a check fails.
     """
@@ -320,6 +328,14 @@ def run_bench(
         if progress:
             tqdm.write(f"{subject.name}: context {context}, {rows[-1]['ms_p50']:.3f} ms per token", file=sys.stderr)
     report = subject.report(rows)
+    if account:
+        report["account"] = [
+            {"context": context, "change": entry.name, "ms_p50": entry.ms}
+            for context in contexts
+            for entry in account_entries(
+                subject.model, partial(median_ms, subject.model, context, num_tokens, launches)
+            )
+        ]
     del subject
     free_memory()
     return report

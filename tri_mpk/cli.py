@@ -421,6 +421,9 @@ def bench(
     launches: Annotated[int, typer.Option(min=2, help="Launches per measurement.")] = 20,
     baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Also time the PyTorch baseline.")] = True,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Also compare the results.")] = True,
+    account: Annotated[
+        bool, typer.Option("--account", help="Also show where the time goes: with waits, attention, ... taken away.")
+    ] = False,
     device: DeviceOption = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the report; '-': to standard output.")
@@ -430,14 +433,15 @@ def bench(
     """Measure ms per token of a geometry with random weights.
 
     \b
-    Example:
+    Examples:
       tri-mpk bench --geometry Qwen3-8B --context 64 512 4096 --json report.json
+      tri-mpk bench --geometry Llama-3.2-1B --context 512 --no-baseline --account
     """
     from tri_mpk.benchmark import run_bench
 
     result = run_bench(
         geometry, context or [64, 512, 4096], num_tokens=num_tokens, launches=launches, baseline=baseline, check=check,
-        device=device, progress=progress,
+        account=account, device=device, progress=progress,
     )  # fmt: skip
     if json_file == "-":
         print(json.dumps(result))
@@ -447,6 +451,8 @@ def bench(
         note(f"tri-mpk: wrote {json_file}")
     columns = {key: key for row in result["rows"] for key, value in row.items() if not isinstance(value, dict | list)}
     print_table(columns, result["rows"])
+    if account:
+        print_table({"context": "context", "change": "change", "ms_p50": "ms_p50"}, result["account"])
 
 
 def main() -> None:

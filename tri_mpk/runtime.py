@@ -282,7 +282,7 @@ class InterpreterRuntime(Runtime):
             self.selector.register(process.stdout, selectors.EVENT_READ, worker)
         packed = self.program.pack()
         tensors = self.program.tensors
-        arguments = self.events, self.control, tensors["step"].data, self.mailbox
+        arguments = (self.events, self.control, tensors["step"].data, self.mailbox)
         message = {
             "what": "load",
             "source": str(self.source_path),
@@ -292,10 +292,7 @@ class InterpreterRuntime(Runtime):
             "indices": torch.from_numpy(packed.tensors).long(),
             "signs": torch.from_numpy(packed.signs),
             "queue_start": torch.from_numpy(packed.queue_start),
-            "arguments": [
-                (*self.memory.locate(t), t.dtype)
-                for t in (self.events, self.control, tensors["step"].data, self.mailbox)
-            ],
+            "arguments": [(*self.memory.locate(t), t.dtype) for t in arguments],
         }
         for worker, process in enumerate(self.workers):
             self._send(process, message | {"worker": worker})
