@@ -23,19 +23,27 @@ from tri_mpk.scheduler.graph import Address, Task
 
 
 @triton.jit
-def load_head(
-    ptr, gain_ptr, cos_row, sin_row, head, num_heads,
-    HEADS: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """Rows `head` to `head + HEADS` of a [heads, Dh] matrix, normalised and rotated: x * cos + rotate_half(x) * sin."""
+def load_head(ptr, head, num_heads, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr):
+    """Rows `head` to `head + num_heads` of a [heads, Dh] matrix, and each element's partner in rotate_half."""
     d = tl.arange(0, BLOCK_DH)[None, :]
     h = tl.arange(0, HEADS)[:, None]
     mask = (h < num_heads) & (d < DH)
-    partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
     base = ptr + (head + h) * DH
-    x = tl.load(base + d, mask=mask, other=0.0).to(tl.float32)
-    x_partner = tl.load(base + partner, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
+    return tl.load(base + d, mask=mask, other=0.0), tl.load(base + partner, mask=mask, other=0.0)
+
+
+@triton.jit
+def rotate_head(
+    x, x_partner, gain_ptr, cos_row, sin_row,
+    DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Normalised (if NORM) and rotated: x * cos + rotate_half(x) * sin."""
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    x = x.to(tl.float32)
+    x_partner = x_partner.to(tl.float32)
     if NORM:
+        partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
         x *= rstd * tl.load(gain_ptr + d, mask=d < DH, other=0.0).to(tl.float32)
         x_partner *= rstd * tl.load(gain_ptr + partner, mask=d < DH, other=0.0).to(tl.float32)
@@ -104,22 +112,23 @@ def attention_tile(
     v = load_block(
         v_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
     )
+    new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
-        q = load_head(
-            qkv_ptr, q_gain_ptr, cos_row, sin_row, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH, NORM, EPS
-        ) * (SCALE * 1.4426950408889634)  # log2(e)
+        # all loads before the first use of one: they are under way together
+        q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
+        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_last.to(tl.int32), 1, DH, BLOCK_DH)
+        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d_mask & is_last, other=0.0)
+        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q *= SCALE * 1.4426950408889634  # log2(e)
         m = tl.full([BLOCK_H], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_DH], tl.float32)
         if is_last:  # the new token
-            k_new = load_head(
-                qkv_ptr + H * DH, k_gain_ptr, cos_row, sin_row, kv_head, 1, 1, DH, BLOCK_DH, NORM, EPS
-            ).to(k_cache_ptr.dtype.element_ty)
-            v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d_mask, other=0.0)
+            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+            k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
-            page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
-            row = ((page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
+            row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
             tl.store(k_cache_ptr + row + d, k_new, mask=d_mask)
             tl.store(v_cache_ptr + row + d, v_new, mask=d_mask)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)

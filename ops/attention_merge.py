@@ -1,6 +1,6 @@
 """Merges the splits of attention: out = sum_s 2^(m_s - m) acc_s / sum_s 2^(m_s - m) l_s, m = max_s m_s.
 
-acc [S, H, Dh], max, sum [S, H] fp32 read | out [H * Dh] written | the splits are added in their order
+acc [S, H, Dh], max, sum [S, H] fp32 read | out [H * Dh] written | the splits are added in one order
 Splits without a token (short contexts) wrote nothing and are left out. One task = one query head.
 Source: arXiv:2311.01282, section 3.
 """
@@ -22,23 +22,40 @@ def attention_merge_tile(
     acc_ptr, max_ptr, sum_ptr, out_ptr,  # in, in, in, out
     head,
     H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_DH)
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
-    has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
-    mask = (split < NUM_SPLITS) & (has_tokens | (split == NUM_SPLITS - 1))
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    # all loads before the first use of one: they are under way together
-    m = tl.load(max_ptr + split * H + head, mask=mask, other=float("-inf"))
-    l = tl.load(sum_ptr + split * H + head, mask=mask, other=0.0)
-    acc = tl.load(
-        acc_ptr + (split * H + head)[:, None] * DH + d[None, :], mask=mask[:, None] & (d < DH)[None, :], other=0.0
-    )
-    weight = tl.exp2(m - tl.max(m, axis=0))
-    total = tl.sum(weight * l, axis=0)
-    out = tl.sum(acc * (weight / total)[:, None], axis=0)
+    top = float("-inf")
+    total = 0.0
+    out = tl.zeros([BLOCK_DH], tl.float32)
+    # Sixteen splits at a time, all their loads on the way together, nothing summed up across threads. The last sixteen
+    # come first: the last split of all always has a token, so that `top` is a number from then on.
+    for group in tl.static_range((NUM_SPLITS + 15) // 16):
+        m = ()
+        l = ()
+        acc = ()
+        for i in tl.static_range(16 if NUM_SPLITS - group * 16 >= 16 else NUM_SPLITS - group * 16):
+            split = NUM_SPLITS - 1 - group * 16 - i
+            has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
+            has_tokens = has_tokens | (group + i == 0)
+            row = split * H + head
+            m = m + (tl.load(max_ptr + row, mask=has_tokens, other=float("-inf")),)
+            l = l + (tl.load(sum_ptr + row, mask=has_tokens, other=0.0),)
+            acc = acc + (tl.load(acc_ptr + row * DH + d, mask=has_tokens & (d < DH), other=0.0),)
+        new_top = top
+        for i in tl.static_range(len(m)):
+            new_top = tl.maximum(new_top, m[i])
+        scale = tl.exp2(top - new_top)
+        total *= scale
+        out *= scale
+        for i in tl.static_range(len(m)):
+            weight = tl.exp2(m[i] - new_top)
+            total += l[i] * weight
+            out += acc[i] * weight
+        top = new_top
+    out /= total
     tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
     signal(task, event_ptr, PORTABLE)
 
@@ -60,7 +77,6 @@ def cut_attention_merge(
             "H": num_heads,
             "DH": head_dim,
             "NUM_SPLITS": num_splits,
-            "BLOCK_S": next_power_of_2(num_splits),
             "BLOCK_DH": next_power_of_2(head_dim),
             "BLOCK_KV": block_kv,
         },
