@@ -74,7 +74,7 @@ def fetch_task(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: 
             [
                 (queue_ptr + slot * TASK_WORDS).to(tl.int64),
                 smem + turn % 2 * DESCRIPTOR_BYTES,
-                turn * 0 + TASK_WORDS // 2,
+                smem * 0 + TASK_WORDS // 2,
             ],
             dtype=tl.int32,
             is_pure=False,
@@ -83,9 +83,9 @@ def fetch_task(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: 
 
 
 @triton.jit
-def fetch_first_task(queue_ptr, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+def await_fetch(smem, PORTABLE: tl.constexpr):
+    """Until what `fetch_task` copies is there. `signal` does the same."""
     if not PORTABLE:
-        fetch_task(queue_ptr, 0, smem * 0, smem, TASK_WORDS, PORTABLE)
         tl.inline_asm_elementwise(
             "cp.async.wait_all; bar.sync 0; mov.u32 $0, $1;", "=r,r", [smem], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -34,7 +34,10 @@ TRITON_DTYPES = {
 }
 TASK_FIELDS = device.TASK_FIELDS.value
 # device functions that the worker loop itself calls
-USED = ("shared_memory", "fetch_first_task", "fetch_task", "task_address", "wait_counter", "pointer_field", "int_field")
+USED = (
+    "shared_memory", "fetch_task", "await_fetch", "task_address", "wait_counter", "signal",
+    "pointer_field", "int_field",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,9 @@ def field_names(op: Op) -> list[str]:
 
 def task_words(ops: Iterable[Op]) -> int:
     """Size of a task descriptor in int64 words: whole 64-byte lines."""
-    return -(-(TASK_FIELDS + max(len(field_names(op)) for op in ops)) // 8) * 8
+    words = -(-(TASK_FIELDS + max(len(field_names(op)) for op in ops)) // 8) * 8
+    assert 8 * words <= device.DESCRIPTOR_BYTES.value, f"a descriptor of {words} words does not fit shared memory"
+    return words
 
 
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
@@ -113,7 +118,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     smem = shared_memory(control_ptr, PORTABLE)
     ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
     turn = 0
-    fetch_first_task(worker_queue_ptr, smem, TASK_WORDS, PORTABLE)
+    fetch_task(worker_queue_ptr, 0, turn, smem, TASK_WORDS, PORTABLE)
+    await_fetch(smem, PORTABLE)
     running = num_tasks > 0
     while running:
         step = tl.load(step_ptr)  # changes at the end of a step only
@@ -138,8 +144,10 @@ def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
         yield from (f"                    {argument}," for argument in _arguments(variant, weight))
         yield "                )"
     yield from (
-        "            else:  # a worker without tasks",
+        "            elif variant == -1:  # a worker without tasks",
         "                signal(task, event_ptr, PORTABLE)",
+        "            else:  # a damaged queue: whoever waits for this task ends the launch",
+        "                await_fetch(smem, PORTABLE)",
         "        # the step event",
         "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
         "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
