@@ -163,20 +163,65 @@ def test_fp16_equals_fp32_within_its_rounding():
     assert distances(ours(input_ids).logits, fp32_logits(theirs, input_ids))[0] < 5e-3
 
 
-def test_the_portable_form_gives_the_same_bits(small):
+@contextmanager
+def constants_of(**changed: bool) -> Iterator[None]:
+    """Kernels planned meanwhile have these constants."""
+
+    def change(*arguments):
+        return dataclasses.replace(kernel_constants(*arguments), **changed)
+
+    with mock.patch("tri_mpk.persistent_kernel.kernel_constants", change):
+        yield
+
+
+def plain_model(**changed: bool) -> CausalLM:
+    with constants_of(ring=False, **changed):
+        model, _ = random(SMALL["llama"], torch.bfloat16)
+        model.compile()
+    return model
+
+
+def test_the_portable_form_gives_the_same_bits():
     """Triton's atomics and the PTX of waits and signals stand for each other."""
-
-    def portable(*arguments):
-        return dataclasses.replace(kernel_constants(*arguments), portable=True)
-
-    with mock.patch("tri_mpk.persistent_kernel.kernel_constants", portable):
-        other, _ = random(SMALL["llama"], torch.bfloat16)
-        other.compile()
-    assert "PORTABLE = tl.constexpr(True)" in other.kernel.program.source
-    small.compile()
-    assert "PORTABLE = tl.constexpr(False)" in small.kernel.program.source
+    portable, ptx = plain_model(portable=True), plain_model(portable=False)
+    assert "PORTABLE = tl.constexpr(True)" in portable.kernel.program.source
+    assert "PORTABLE = tl.constexpr(False)" in ptx.kernel.program.source
     input_ids = tokens(20)
-    assert torch.equal(other(input_ids).logits, small(input_ids).logits)
+    assert torch.equal(portable(input_ids).logits, ptx(input_ids).logits)
+
+
+def test_the_weight_ring_and_plain_loads_stand_for_each_other(small):
+    """They sum up in different orders, so that some activations round the other way."""
+    plain = plain_model()
+    small.compile()
+    assert "RING = tl.constexpr(True)" in small.kernel.program.source
+    assert "RING = tl.constexpr(False)" in plain.kernel.program.source
+    input_ids = tokens(200)
+    ring_logits, plain_logits = small(input_ids).logits, plain(input_ids).logits
+    assert distances(ring_logits, plain_logits[0])[0] < 0.02
+    _, theirs = random(SMALL["llama"], torch.bfloat16)
+    exact = fp32_logits(theirs, input_ids)
+    assert distances(ring_logits, exact)[0] <= 1.1 * distances(plain_logits, exact)[0]
+
+
+@pytest.mark.parametrize("slots", [3, 4])
+def test_the_result_does_not_depend_on_the_slots_of_the_ring(small, slots):
+    expected = small(tokens(30)).logits.clone()
+    plan = small.kernel.runtime.shared_memory
+    assert plan.ring_slots > slots
+    small.kernel.runtime.shared_memory = dataclasses.replace(plan, ring_slots=slots)
+    try:
+        assert torch.equal(small(tokens(30)).logits, expected)
+    finally:
+        small.kernel.runtime.shared_memory = plan
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_prompt_skips_the_language_model_head(num_workers):
+    """Whose weights are on their way already: all of them with many workers, only the first ones with two."""
+    model, _ = random(SMALL["llama"], torch.bfloat16, num_workers=num_workers)
+    text = model.generate(tokens(20), max_new_tokens=30)
+    assert torch.equal(model.generate(text[:, :40], max_new_tokens=10), text)
 
 
 # ---- launches ----
