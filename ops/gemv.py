@@ -84,7 +84,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
             tl.inline_asm_elementwise(
                 """{
-                .reg .pred p; .reg .u32 at; .reg .b32 low, high, low2, high2;
+                .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
                 mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
                 st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};

@@ -69,6 +69,9 @@ def pack(
 
     def put_stream(record: int, stream: WeightStream) -> None:
         word, row_bytes = TASK_STREAM.value, stream.cols * itemsize[stream.start.tensor]
+        assert stream.rows * row_bytes < 1 << 31, (
+            f"a task reads {stream.rows * row_bytes} bytes; cut it into more tasks"
+        )
         put(record, word, stream.start)
         put(record, word + 1, stream.second or 0)
         put(record, word + 2, stream.rows * row_bytes)
