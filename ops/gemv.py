@@ -37,7 +37,6 @@ from tri_mpk.scheduler.device import (
 WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
-LATE_SLOTS = tl.constexpr(2)  # the last slots of a task are refilled after its signal
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
 # empty), sums of squares, row sums, the slots. The worker's streams lie in front of all that, the first one last.
 BARRIERS_OFFSET = tl.constexpr(512)
@@ -127,7 +126,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
-        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, zero, cursor)
+        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
@@ -195,9 +194,9 @@ def await_slot(smem, slot, phase):
 
 
 @triton.jit
-def release_slot(ring, refills):
-    """This warp has read the current slot. The ring moves on; it is refilled now, or later by `settle_ring`."""
-    smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed, cursor = ring
+def release_slot(ring):
+    """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
+    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -212,37 +211,13 @@ def release_slot(ring, refills):
         is_pure=False,
         pack=1,
     )
-    slot, phase = next_slot(slot, phase, slots)
-    ring = (smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed + 1, cursor)
-    if refills:
-        ring = refill(ring)
-    return ring
-
-
-@triton.jit
-def next_slot(slot, phase, slots):
-    slot += 1
-    if slot == slots:
-        slot = slots * 0
-        phase ^= 1
-    return slot, phase
-
-
-@triton.jit
-def refill(ring):
-    smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed, cursor = ring
-    cursor = request_rows(smem, refill_slot, refill_phase, capacity, num_streams, cursor)
-    refill_slot, refill_phase = next_slot(refill_slot, refill_phase, slots)
-    return (smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed - 1, cursor)
-
-
-@triton.jit
-def settle_ring(ring, RING: tl.constexpr):
-    """Refills what a task left over, after its signal: requests under way delay the signal's way to memory."""
-    if RING:
-        for _ in tl.range(0, ring[8], num_stages=1):
-            ring = refill(ring)
-    return ring
+    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
+    next_slot = slot + 1
+    next_phase = phase
+    if next_slot == slots:
+        next_slot = slots * 0
+        next_phase = phase ^ 1
+    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
@@ -252,14 +227,14 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = ring[1] - 1
         if num_slots > reach:  # the cursor has not left them
-            stream = ring[9][0] + 1
+            stream = ring[8][0] + 1
             if stream == ring[3]:
                 stream = stream * 0
             cursor = read_stream(ring[0], stream)
-            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], ring[8], cursor)
+            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
             await_slot(ring[0], ring[4], ring[5])
-            ring = release_slot(ring, True)
+            ring = release_slot(ring)
     return ring
 
 
@@ -267,10 +242,13 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, num_streams, slot, phase, refill_slot, refill_phase, owed, cursor = ring
+        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
-            slot, phase = next_slot(slot, phase, slots)
+            slot += 1
+            if slot == slots:
+                slot = slots * 0
+                phase ^= 1
 
 
 # ---- 16 bytes per thread ----
@@ -457,9 +435,7 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         row, segment, first = thread_place(K, SLOT_ROWS)
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
-        ring = settle_ring(ring, RING)
-        num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        for slot in tl.range(0, num_slots, num_stages=1):
+        for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
             await_slot(ring[0], ring[4], ring[5])
             address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
             words = ()
@@ -467,7 +443,7 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring, slot < num_slots - LATE_SLOTS)
+            ring = release_slot(ring)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)

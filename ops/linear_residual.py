@@ -14,7 +14,6 @@ from tri_mpk.ops.gemv import (
     block_rows,
     dot_rows,
     load_segment,
-    settle_ring,
     slot_rows,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
@@ -44,7 +43,7 @@ def linear_residual_tile(
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
-    return settle_ring(ring, RING)
+    return ring
 
 
 def cut_linear_residual(

@@ -18,7 +18,6 @@ from tri_mpk.ops.gemv import (
     load_segment,
     row_sums,
     scale_segment,
-    settle_ring,
     slot_rows,
     stream_rows,
 )
@@ -57,7 +56,7 @@ def rmsnorm_gated_linear_tile(
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
-    return settle_ring(ring, RING)
+    return ring
 
 
 def cut_rmsnorm_gated_linear(

@@ -18,7 +18,6 @@ from tri_mpk.ops.gemv import (
     inverse_rms,
     load_segment,
     scale_segment,
-    settle_ring,
     slot_rows,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
@@ -49,7 +48,7 @@ def rmsnorm_linear_tile(
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
-    return settle_ring(ring, RING)
+    return ring
 
 
 def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine) -> WeightStream:
