@@ -44,18 +44,15 @@ class OpHarness:
         self.changing = {"step", "tokens"}  # names of inputs that a step may change
         self._names = map("t{}".format, itertools.count())
 
-    def input(self, *dims: int, parts: int = 0, scale: float = 1.0) -> TensorHandle:
-        """Random normal numbers; `parts` of them when a split K left its sum open."""
-        return self.attach(torch.randn((parts, *dims) if parts else dims) * scale, parts)
+    def input(self, *dims: int, scale: float = 1.0) -> TensorHandle:
+        """Random normal numbers."""
+        return self.attach(torch.randn(dims) * scale)
 
     def gain(self, size: int) -> TensorHandle:
         return self.attach(1 + 0.1 * torch.randn(size))
 
-    def attach(self, tensor: torch.Tensor, parts: int = 0) -> TensorHandle:
-        handle = self.mpk.attach_input(tensor, name=next(self._names))
-        if parts:
-            handle.dims, handle.parts = handle.dims[1:], parts
-        return handle
+    def attach(self, tensor: torch.Tensor) -> TensorHandle:
+        return self.mpk.attach_input(tensor, name=next(self._names))
 
     def output(self, *dims: int) -> TensorHandle:
         return self.mpk.new_tensor(dims, torch.float32, name=next(self._names))
@@ -111,16 +108,12 @@ def _with_one_task(op: Op, index: int) -> Op:
     return dataclasses.replace(op, cut=cut)
 
 
-def total(handle: TensorHandle) -> torch.Tensor:
-    """A tensor's value, its parts added up."""
-    return handle.data.view(handle.parts, *handle.dims).sum(0)
-
-
 def region_mask(handle: TensorHandle, regions: tuple[Region, ...]) -> torch.Tensor:
-    """Which elements [parts, numel] of a tensor the regions name."""
-    mask = torch.zeros(handle.parts, handle.numel, dtype=torch.bool)
+    """Which elements [numel] of a tensor the regions name."""
+    mask = torch.zeros(handle.numel, dtype=torch.bool)
     for region in regions:
         if region.tensor == handle.name:
-            (first_part, last_part), (lo, hi) = region.box
-            mask[first_part:last_part, lo:hi] = True
+            outer, (lo, hi) = region.box
+            assert outer == (0, 1), region
+            mask[lo:hi] = True
     return mask

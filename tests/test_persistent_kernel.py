@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tri_mpk import DeviceError, PersistentKernel
+from tri_mpk.ops.argmax import STOP_INTERVAL
 from tri_mpk.runtime import LaunchRequest
 
 META = torch.device("meta")
@@ -163,9 +164,9 @@ def test_argmax_has_one_task(mpk):
 # ---- from graph to launch ----
 
 
-def copy_graph(device: torch.device | str = "cpu", tasks: int | None = None) -> PersistentKernel:
+def copy_graph(device: torch.device | str = "cpu", tasks: int | None = None, max_seq_len: int = 8) -> PersistentKernel:
     """Token t is followed by t + 1: an embedding whose rows are one-hot, and a head that shifts."""
-    mpk = PersistentKernel(num_workers=2, meta_tensors=meta_tensors(8, device), wait_bound_s=30.0)
+    mpk = PersistentKernel(num_workers=2, meta_tensors=meta_tensors(max_seq_len, device), wait_bound_s=30.0)
     eye = torch.eye(16, device=device)
     x = mpk.new_tensor((16,), torch.float32, name="x")
     mpk.embed_layer(weight=mpk.attach_input(eye, name="embedding"), output=x)
@@ -211,13 +212,19 @@ def test_a_graph_stops_at_eos(counter):
     assert counter(num_tokens=1, eos_token_id=[14, 2]) == 2
 
 
-def test_tokens_come_while_the_kernel_runs(counter):
-    restart(counter, 5)
-    tokens = counter.launch(LaunchRequest(num_known=1, last_step=6))
+def test_tokens_come_while_the_kernel_runs():
+    interval = STOP_INTERVAL.value
+    mpk = copy_graph(max_seq_len=8 * interval)
+    mpk.compile()
+    restart(mpk, 5)
+    tokens = mpk.launch(LaunchRequest(num_known=1, last_step=8 * interval - 2))
     assert next(tokens) == 6
-    assert not counter.runtime.finished()
-    tokens.close()  # asks it to stop
-    assert counter.runtime.finished() and int(counter.step.data) < 6
+    assert not mpk.runtime.finished()
+    tokens.close()  # asks it to stop, which it sees every so many steps
+    step = int(mpk.step.data)  # of the token after the last one processed
+    assert mpk.runtime.finished() and step < 8 * interval - 1 and (step - 1) % interval == 0
+    assert mpk.tokens.data[: step + 1].tolist() == [(5 + i) % 16 for i in range(step + 1)]
+    assert not mpk.tokens.data[step + 1 :].any()
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tri_mpk import PersistentKernel
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import empty_model
 from tri_mpk.model import CausalLM
+from tri_mpk.ops.gemv import block_rows, slot_rows
+from tri_mpk.ops.op import Machine, TensorHandle
+from tri_mpk.ops.rmsnorm_gated_linear import cut_rmsnorm_gated_linear
 from tri_mpk.program import Program
 from tri_mpk.scheduler.graph import Task
 from tri_mpk.scheduler.queues import imbalance
@@ -44,17 +47,17 @@ def bytes_per_worker(program: Program, op: int) -> list[int]:
 
 
 def check_complete(tasks: list[Task], output) -> None:
-    """Every element of every part is written by one task."""
+    """Every element is written by one task, all of it at once."""
     boxes = sorted(region.box for task in tasks for region in task.writes if region.tensor == output.name)
-    ends = dict.fromkeys(range(output.parts), 0)
-    for (part, next_part), (lo, hi) in boxes:
-        assert next_part == part + 1 and lo == ends[part] and hi > lo
-        ends[part] = hi
-    assert set(ends.values()) == {output.numel}
+    end = 0
+    for outer, (lo, hi) in boxes:
+        assert outer == (0, 1) and lo == end and hi > lo
+        end = hi
+    assert end == output.numel
 
 
 def check_balanced(program: Program, op: int, row_bytes: int) -> None:
-    """Large ops: at most 4 % over the mean. Small ones: at most one row (of the longest part of K) over."""
+    """Large ops: at most 4 % over the mean. Small ones: at most one row over."""
     loads = bytes_per_worker(program, op)
     mean = sum(loads) / len(loads)
     allowed = mean * 1.04 if sum(loads) >= SMALL_OP_BYTES else mean + row_bytes
@@ -93,29 +96,52 @@ def test_rmsnorm_gated_linear(num_rows, k, num_workers):
     check_balanced(program, 1, row_bytes=4 * k)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    num_rows=st.integers(1, 40_000),
+    k=st.integers(1, 2600).map(lambda n: 8 * n),
+    num_workers=st.integers(1, 160),
+    grid_dim=st.none() | st.integers(1, 200),
+)
+@example(num_rows=14336, k=4096, num_workers=132, grid_dim=None)
+@example(num_rows=200, k=16384, num_workers=1, grid_dim=None)  # one row per slot
+def test_a_gated_task_with_a_ring_is_one_block(num_rows, k, num_workers, grid_dim):
+    """Gate and up wait for each other in the block's sums: rows beyond them would overwrite others."""
+    machine = Machine(num_workers, block_n=16, ring=True)
+    handles = {
+        name: TensorHandle(name, dims, torch.bfloat16)
+        for name, dims in {
+            "input": (k,), "weight_norm": (k,), "weight_gate": (num_rows, k), "weight_up": (num_rows, k),
+            "output": (num_rows,),
+        }.items()
+    }  # fmt: skip
+    cut = cut_rmsnorm_gated_linear(machine, **handles, eps=1e-6, grid_dim=grid_dim)
+    check_complete(cut.tasks, handles["output"])
+    limit = block_rows(k, machine, matrices=2)
+    assert cut.constants["BLOCK_N"] == limit and cut.constants["SLOT_ROWS"] == slot_rows(k, machine)
+    for task in cut.tasks:
+        rows = task.fields["num_rows"]
+        assert 0 < rows <= limit and task.stream.rows == rows
+        assert task.stream.start == task.fields["gate_addr"] and task.stream.second == task.fields["up_addr"]
+    wanted = min(num_rows, grid_dim or num_workers)
+    assert len(cut.tasks) == num_rows or len(cut.tasks) % wanted == 0  # whole rounds of equal tasks
+
+
 @settings(deadline=None, max_examples=50)
 @given(
-    num_rows=st.integers(160, 400) | st.integers(160, 5000),
+    num_rows=st.integers(1, 400) | st.integers(160, 5000),
     k=st.integers(1, 9000) | st.integers(1, 20).map(lambda n: 512 * n),
     num_workers=st.integers(1, 160),
 )
+@example(num_rows=64, k=8192, num_workers=132)  # fewer rows than workers
 def test_linear_residual(num_rows, k, num_workers):
-    check_linear_residual(num_rows, k, num_workers)
-
-
-def test_linear_residual_with_few_rows():
-    check_linear_residual(num_rows=64, k=8192, num_workers=132)
-
-
-def check_linear_residual(num_rows: int, k: int, num_workers: int) -> None:
     mpk = meta_kernel(num_workers)
     x, residual = weight(mpk, "x", k), weight(mpk, "residual", num_rows)
     y = mpk.new_tensor((num_rows,), torch.float32, name="y")
     mpk.linear_with_residual_layer(input=x, weight=weight(mpk, "w", num_rows, k), residual=residual, output=y)
     program = plan(mpk)
     check_complete([t for t in program.graph.tasks if t.op == 0], y)
-    assert k % y.parts == 0
-    check_balanced(program, 0, row_bytes=2 * k // y.parts)
+    check_balanced(program, 0, row_bytes=2 * k)
 
 
 @settings(deadline=None, max_examples=25)

@@ -1,24 +1,24 @@
-"""linear_residual: with and without a split K, residuals in parts, biases; parts add up in one order."""
+"""linear_residual: full and partial row blocks and columns, biases, a chain of residuals; the same bits again."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from op_harness import OpHarness, total
+from op_harness import OpHarness
 from tolerances import check_close
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 
-# rows, columns, bias, parts of the residual, tasks
+# rows, columns, bias, tasks
 ALIGNED = [
-    (96, 64, False, 1, None),
-    (1100, 64, True, 1, None),
-    (70, 1024, True, 3, None),  # K is split
-    (48, 300, False, 2, 3),
-    (37, 512, False, 1, 5),  # K is split, and tasks do not end where parts do
-    (1, 64, False, 1, None),
+    (96, 64, False, None),
+    (1100, 64, True, None),  # several row blocks per worker, the last one partial
+    (70, 1024, True, None),
+    (48, 300, False, 3),
+    (37, 512, False, 5),  # tasks of unequal length
+    (1, 64, False, None),  # fewer rows than workers
 ]
-ODD = [(33, 70, True, 2, None), (64, 1030, False, 1, 4)]
+ODD = [(33, 70, True, None), (64, 1030, False, 4)]  # rows of the matrix start unaligned
 
 
 @pytest.fixture(scope="module", params=[ALIGNED, ODD], ids=["aligned", "odd"])
@@ -26,17 +26,17 @@ def harness(request):
     torch.manual_seed(0)
     harness = OpHarness()
     harness.cases = []
-    for num_rows, k, has_bias, parts, grid_dim in request.param:
+    for num_rows, k, has_bias, grid_dim in request.param:
         tensors = {
             "input": harness.input(k),
             "weight": harness.input(num_rows, k, scale=k**-0.5),
-            "residual": harness.input(num_rows, parts=parts),
+            "residual": harness.input(num_rows),
             "output": harness.output(num_rows),
             "bias": harness.input(num_rows) if has_bias else None,
         }
         harness.mpk.linear_with_residual_layer(**tensors, grid_dim=grid_dim)
         harness.cases.append(tensors)
-    # the residual stream: what reads a sum in parts, and adds to it
+    # the residual stream: an op adds to the sum of the one before
     last = harness.cases[-1]
     size = last["output"].numel
     chained = {
@@ -54,28 +54,25 @@ def harness(request):
 
 def expected(tensors: dict) -> torch.Tensor:
     bias = tensors["bias"]
-    x, weight, residual = tensors["input"].data, tensors["weight"].data, total(tensors["residual"])
+    x, weight, residual = tensors["input"].data, tensors["weight"].data, tensors["residual"].data
     return LINEAR_RESIDUAL.reference(x, weight, residual, bias and bias.data)
 
 
 def test_equals_reference(harness):
     for tensors in harness.cases:
-        check_close(actual=total(tensors["output"]), expected=expected(tensors))
+        check_close(actual=tensors["output"].data, expected=expected(tensors))
 
 
-def test_some_case_splits_k(harness):
-    parts = [tensors["output"].parts for tensors in harness.cases]
-    assert max(parts) > 1 and min(parts) == 1
-
-
-def test_every_part_is_its_own_share_of_k(harness):
-    for tensors in harness.cases:
-        parts = tensors["output"].parts
-        for part, x, weight in zip(
-            range(parts), tensors["input"].data.chunk(parts), tensors["weight"].data.chunk(parts, 1), strict=True
-        ):
-            if part > 0:  # part 0 has the residual and the bias too
-                check_close(actual=tensors["output"].data[part], expected=weight @ x)
+def test_a_task_reads_whole_rows(harness):
+    """No task has a share of the columns only: what an op leaves is a sum that is complete."""
+    for op, tensors in enumerate(harness.cases):
+        num_rows, k = tensors["weight"].dims
+        tasks = harness.tasks(op)
+        assert sum(task.fields["num_rows"] for task in tasks) == num_rows == tensors["output"].numel
+        for task in tasks:
+            row0, rows = task.fields["row0"], task.fields["num_rows"]
+            assert tensors["weight"].span(row0 * k, (row0 + rows) * k) in task.reads
+            assert tensors["input"].whole() in task.reads
 
 
 def test_same_bits_again(harness):

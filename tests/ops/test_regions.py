@@ -8,7 +8,7 @@ import torch
 from op_harness import OpHarness, region_mask
 from tri_mpk.ops.op import TensorHandle
 
-NUM_ROWS, SIZE, PARTS, TASKS = 70, 300, 2, 3
+NUM_ROWS, SIZE, TASKS = 70, 300, 3
 NAN = float("nan")
 
 
@@ -20,9 +20,9 @@ def tensors_of(harness: OpHarness, op: str, seed: int) -> dict[str, TensorHandle
     if op == "linear_with_residual_layer":
         return {
             "input": harness.input(512), "weight": harness.input(NUM_ROWS, 512), "bias": harness.input(NUM_ROWS),
-            "residual": harness.input(NUM_ROWS, parts=PARTS), "output": harness.output(NUM_ROWS),
+            "residual": harness.input(NUM_ROWS), "output": harness.output(NUM_ROWS),
         }  # fmt: skip
-    common = {"input": harness.input(SIZE, parts=PARTS), "weight_norm": harness.gain(SIZE)}
+    common = {"input": harness.input(SIZE), "weight_norm": harness.gain(SIZE)}
     if op == "rmsnorm_gated_linear_layer":
         weights = {"weight_gate": harness.input(NUM_ROWS, SIZE), "weight_up": harness.input(NUM_ROWS, SIZE)}
         return common | weights | {"output": harness.output(NUM_ROWS)}

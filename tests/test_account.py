@@ -1,0 +1,145 @@
+"""The edits of the account: what they change in packed queues, and all that they leave alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tri_mpk.account import EDITS, SKIPPED, Queues, edited
+from tri_mpk.generator import field_names
+from tri_mpk.geometries import geometry
+from tri_mpk.inspect import plan_config
+from tri_mpk.model import CausalLM
+from tri_mpk.scheduler import device as words
+
+STREAM = words.TASK_STREAM.value
+VARIANT, WAIT_COUNT = words.TASK_VARIANT.value, words.TASK_WAIT_COUNT.value
+WEIGHTS = torch.zeros(1 << 20, dtype=torch.bfloat16)  # the largest tensor that has an address
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor of which `cpu` is a copy, as if it were on a GPU."""
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).clone()
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    """What the edits need of a model, as if its tensors lay one after another."""
+    config = geometry("Qwen3-0.6B")
+    config.num_hidden_layers = 2
+    program = plan_config(config, torch.bfloat16, 256, num_workers=8)
+    packed = program.pack()
+    addresses = {name: (i + 1) << 32 for i, name in enumerate(packed.tensor_names)}
+    runtime = SimpleNamespace(
+        queue=torch.from_numpy(packed.relocate(addresses)).as_subclass(OnAGpu),
+        queue_start=torch.from_numpy(packed.queue_start),
+        set_epoch=lambda epoch: None,
+    )
+    tensors = SimpleNamespace(values=lambda: [SimpleNamespace(data=None), SimpleNamespace(data=WEIGHTS)])
+    fake = SimpleNamespace(
+        variants=program.variants, graph=program.graph, schedule=program.schedule, tensors=tensors,
+    )  # fmt: skip
+    return SimpleNamespace(kernel=SimpleNamespace(program=fake, runtime=runtime), compile=lambda: None)
+
+
+def changed(model: CausalLM, *edits) -> tuple[Queues, torch.Tensor]:
+    """The edited queues, and which of their words differ."""
+    queues = Queues(model)
+    for edit in edits:
+        edit(queues)
+    return queues, queues.words != model.kernel.runtime.queue.cpu()
+
+
+def op_of_record(model: CausalLM) -> np.ndarray:
+    program = model.kernel.program
+    return np.array(
+        [program.variants[program.graph.tasks[t].variant].op.name for q in program.schedule.queues for t in q]
+    )
+
+
+def test_records_of_an_op(model):
+    queues, names = Queues(model), op_of_record(model)
+    for op in set(names):
+        assert queues.of_op(op).tolist() == (names == op).tolist()
+    assert queues.of_op("attention", "attention_merge").sum() == np.isin(names, ["attention", "attention_merge"]).sum()
+    assert not queues.of_op("no such op").any()
+
+
+def test_without_waits(model):
+    queues, differs = changed(model, Queues.without_waits)
+    is_argmax = torch.from_numpy(op_of_record(model) == "argmax")
+    assert is_argmax.sum() == 1 and queues.words[is_argmax, WAIT_COUNT] > 0
+    assert not queues.words[~is_argmax, WAIT_COUNT].any()
+    assert differs[:, WAIT_COUNT].any()
+    differs[:, WAIT_COUNT] = False
+    assert not differs.any()
+
+
+def test_without_attention(model):
+    queues, differs = changed(model, Queues.without_attention)
+    attention = torch.from_numpy(np.isin(op_of_record(model), ["attention", "attention_merge"]))
+    assert (queues.words[attention, VARIANT].to(torch.int32) == SKIPPED).all()
+    assert differs[:, VARIANT].equal(attention)
+    differs[:, VARIANT] = False
+    assert not differs.any()
+    assert SKIPPED not in range(len(model.kernel.program.variants))
+
+
+def test_without_matrices(model):
+    queues, differs = changed(model, Queues.without_matrices)
+    variants = model.kernel.program.variants
+    records = queues.words.tolist()
+    emptied = 0
+    for record, now, different in zip(model.kernel.runtime.queue.tolist(), records, differs.tolist(), strict=True):
+        names = field_names(variants[record[VARIANT] & 0xFFFFFFFF].op)
+        places = [words.TASK_FIELDS.value + i for i, name in enumerate(names) if name == "num_rows"]
+        assert [i for i, differ in enumerate(different) if differ] == places
+        assert all(record[place] > 0 and now[place] == 0 for place in places)
+        emptied += len(places)
+    graph = model.kernel.program.graph
+    assert emptied == sum(task.stream is not None for task in graph.tasks) > 0
+
+
+def test_with_cached_weights(model):
+    """As many bytes in as many slots as before, all of them from one small piece of memory."""
+    queues, differs = changed(model, Queues.with_cached_weights)
+    before = model.kernel.runtime.queue.cpu()
+    assert not differs[:, :STREAM].any() and not differs[:, STREAM + 4 :].any()
+    starts = model.kernel.runtime.queue_start.tolist()
+    num_workers = len(starts) - 1
+    firsts = set()
+    for first, last in zip(starts, starts[1:], strict=False):
+        has_stream = before[first:last, words.TASK_STREAM_INDEX.value].to(torch.int32) >= 0
+        old, new = before[first:last][has_stream], queues.words[first:last][has_stream]
+        assert len(new[:, STREAM].unique()) == 1
+        firsts.add(int(new[0, STREAM]))
+        for word in (STREAM + 2, STREAM + 3):  # bytes of a matrix, and of a slot
+            assert new[:, word].equal(old[:, word])
+        assert ((new[:, STREAM + 1] != 0) == (old[:, STREAM + 1] != 0)).all()  # two matrices remain two
+    assert len(firsts) == num_workers
+    assert min(firsts) >= WEIGHTS.data_ptr() and max(firsts) < WEIGHTS.data_ptr() + WEIGHTS.nbytes
+    assert all(address % 16 == 0 for address in (first - WEIGHTS.data_ptr() for first in firsts))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_queues_are_as_they_were_afterwards(model, name):
+    runtime = model.kernel.runtime
+    original, copy = runtime.queue, runtime.queue.cpu()
+    with pytest.raises(KeyboardInterrupt), edited(model, EDITS[name]):
+        assert runtime.queue is not original
+        assert torch.equal(runtime.queue, copy) == (not EDITS[name])
+        raise KeyboardInterrupt
+    assert runtime.queue is original and torch.equal(original, copy)
+
+
+def test_edits_are_distinct(model):
+    """Each line of the account measures something else."""
+    edits = {}
+    for name, functions in EDITS.items():
+        edits[name] = changed(model, *functions)[0].words.numpy().tobytes()
+    assert len(set(edits.values())) == len(EDITS)

@@ -1,0 +1,103 @@
+"""Planning: tile sizes of a kernel, and how a block's shared memory is divided."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from decoders import tiny_config
+from tri_mpk.errors import DeviceError
+from tri_mpk.geometries import geometry
+from tri_mpk.inspect import plan_config
+from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
+from tri_mpk.program import Program, SharedMemoryPlan, kernel_constants
+from tri_mpk.scheduler.device import SHARED_BYTES
+
+HOPPER = 227 << 10  # of a block
+COMPILER_BYTES = 22_528
+
+
+def planned(name: str, num_layers: int = 2) -> Program:
+    config = geometry(name)
+    config.num_hidden_layers = num_layers
+    return plan_config(config, torch.bfloat16, 256, num_workers=132)
+
+
+@pytest.fixture(scope="module", params=["Llama-3.2-1B", "Qwen3-8B"])
+def program(request: pytest.FixtureRequest) -> Program:
+    return planned(request.param)
+
+
+def largest_slot(program: Program) -> int:
+    streams = [task.stream for task in program.graph.tasks if task.stream]
+    return max(2 * stream.slot_rows * stream.cols for stream in streams)
+
+
+def most_streams(program: Program) -> int:
+    tasks = program.graph.tasks
+    return max(sum(tasks[t].stream is not None for t in queue) for queue in program.schedule.queues)
+
+
+@pytest.mark.parametrize("compiler_bytes", [0, 1, COMPILER_BYTES, 60_001])
+def test_a_ring_fits_and_holds_what_it_must(program, compiler_bytes):
+    plan = SharedMemoryPlan.divide(program, compiler_bytes, HOPPER)
+    assert plan.num_bytes <= HOPPER
+    assert plan.base >= compiler_bytes + most_streams(program) * STREAM_BYTES.value
+    assert plan.base % 128 == 0 and plan.slot_bytes % 128 == 0 and plan.slot_bytes >= largest_slot(program)
+    assert plan.num_bytes == plan.base + RING_OFFSET.value + plan.ring_slots * plan.slot_bytes
+    assert 3 <= plan.ring_slots <= MAX_SLOTS.value
+    assert plan.ring_slots == MAX_SLOTS.value or plan.num_bytes + plan.slot_bytes > HOPPER, "one more would fit"
+
+
+def test_the_table_of_streams_grows_with_the_layers():
+    few, many = (planned("Llama-3.2-1B", num_layers) for num_layers in (1, 3))
+    assert few.source == many.source  # so that the compiler's share is the same
+    bases = [SharedMemoryPlan.divide(program, COMPILER_BYTES, HOPPER).base for program in (few, many)]
+    assert most_streams(many) > most_streams(few) and bases[1] > bases[0]
+
+
+def test_never_more_slots_than_there_are_barriers(program):
+    plan = SharedMemoryPlan.divide(program, COMPILER_BYTES, 16 << 20)
+    assert plan.ring_slots == MAX_SLOTS.value and plan.num_bytes < 16 << 20
+
+
+def test_too_little_for_a_ring(program):
+    slot = -(-largest_slot(program) // 128) * 128
+    base = -(-(COMPILER_BYTES + most_streams(program) * STREAM_BYTES.value) // 128) * 128
+    least = base + RING_OFFSET.value + 3 * slot
+    assert SharedMemoryPlan.divide(program, COMPILER_BYTES, least).ring_slots == 3
+    with pytest.raises(DeviceError, match=rf"{least - 1} bytes of shared memory hold 2 slots of {slot} bytes"):
+        SharedMemoryPlan.divide(program, COMPILER_BYTES, least - 1)
+    with pytest.raises(DeviceError, match="hold 0 slots"):
+        SharedMemoryPlan.divide(program, COMPILER_BYTES, 1000)
+
+
+def test_no_ring_needs_no_slots(program):
+    plain = dataclasses.replace(program, constants=dataclasses.replace(program.constants, ring=False))
+    plan = SharedMemoryPlan.divide(plain, COMPILER_BYTES + 1, limit=0)
+    assert (plan.ring_slots, plan.slot_bytes) == (0, 0)
+    assert plan.base >= COMPILER_BYTES + 1 and plan.num_bytes == plan.base + SHARED_BYTES.value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row_lengths", "has_bulk_copies", "ring"),
+    [
+        (torch.bfloat16, [64, 128], True, True),
+        (torch.float16, [8], True, True),
+        (torch.bfloat16, [64, 100], True, False),  # rows that start between multiples of 16 bytes
+        (torch.float32, [64], True, False),
+        (torch.bfloat16, [64], False, False),
+    ],
+)
+def test_which_weights_come_through_a_ring(dtype, row_lengths, has_bulk_copies, ring):
+    constants = kernel_constants(dtype, row_lengths, portable=False, has_bulk_copies=has_bulk_copies)
+    assert constants.ring == ring and constants.weight_dtype == dtype and not constants.portable
+
+
+def test_odd_rows_are_planned_without_a_ring():
+    program = plan_config(tiny_config(intermediate_size=100), torch.bfloat16, 64, num_workers=4)
+    assert not program.constants.ring and "RING = tl.constexpr(False)" in program.source
+    program = plan_config(tiny_config(intermediate_size=104), torch.bfloat16, 64, num_workers=4)
+    assert program.constants.ring and "RING = tl.constexpr(True)" in program.source
