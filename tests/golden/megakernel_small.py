@@ -1,13 +1,13 @@
 """A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.
 
 variant 0: embedding(V=1024, D=256, BLOCK_D=256)
-variant 1: rmsnorm_linear(D=256, PARTS=1, EPS=1e-06, HAS_BIAS=False)
+variant 1: rmsnorm_linear(D=256, EPS=1e-06, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
 variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BLOCK_H=16, BLOCK_DH=64, BLOCK_KV=64)
-variant 3: attention_merge(H=4, DH=64, NUM_SPLITS=66, BLOCK_S=128, BLOCK_DH=64, BLOCK_KV=64)
-variant 4: linear_residual(N=256, K_PART=256, ROW_STRIDE=256, RESIDUAL_PARTS=1, HAS_BIAS=False)
-variant 5: rmsnorm_gated_linear(D=256, PARTS=1, EPS=1e-06)
-variant 6: linear_residual(N=256, K_PART=768, ROW_STRIDE=768, RESIDUAL_PARTS=1, HAS_BIAS=False)
-variant 7: lm_head(D=256, PARTS=1, EPS=1e-06)
+variant 3: attention_merge(H=4, DH=64, NUM_SPLITS=66, BLOCK_DH=64, BLOCK_KV=64)
+variant 4: linear_residual(K=256, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 5: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
+variant 6: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 7: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
 variant 8: argmax(NUM_PARTS=132, BLOCK=256)
 """
 
@@ -16,18 +16,26 @@ import triton.language as tl
 
 TASK_WORDS = tl.constexpr(24)  # int64 words of a task descriptor
 PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
-ALIGN = tl.constexpr(8)  # elements that every weight row is aligned to
-BLOCK_N = tl.constexpr(16)  # rows and columns of a weight tile
-BLOCK_K = tl.constexpr(256)
+RING = tl.constexpr(True)  # weights come through rings in shared memory, not by plain loads
+BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
 MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop after this step
 MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
+STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
+WARPS = tl.constexpr(16)
+LANES = tl.constexpr(32)
+BARRIERS_OFFSET = tl.constexpr(512)
+SQUARES_OFFSET = tl.constexpr(768)
+SUMS_OFFSET = tl.constexpr(1024)
+RING_OFFSET = tl.constexpr(9216)
+STREAM_BYTES = tl.constexpr(32)
 TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
 TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
 TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
 TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
-TASK_NEXT = tl.constexpr(5)  # five words: the weights which this worker reads next
+TASK_STREAM = tl.constexpr(5)  # four words: the weights that this task reads
+TASK_STREAM_INDEX = tl.constexpr(9)  # which of the worker's streams that is (-1: none) | how many it has << 32
 CONTROL_FIRST_EPOCH = tl.constexpr(0)
 CONTROL_NUM_KNOWN = tl.constexpr(1)  # tokens[:NUM_KNOWN] are given, later ones are chosen
 CONTROL_LAST_STEP = tl.constexpr(2)  # position of the last token to process
@@ -42,10 +50,29 @@ CONTROL_STUCK_TASK = tl.constexpr(10)  # task index, or -1 - worker at the end o
 CONTROL_STUCK_SEEN = tl.constexpr(11)
 CONTROL_STUCK_WANTED = tl.constexpr(12)
 CONTROL_LAST_EPOCH = tl.constexpr(13)
-CONTROL_EOS = tl.constexpr(16)
+CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is ours, not the compiler's
+CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
+CONTROL_EOS = tl.constexpr(16)  # 32 words
+CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
+DESCRIPTOR_BYTES = tl.constexpr(256)
 
 
 # ---- scheduler/device.py ----
+
+
+@triton.jit
+def task_word(task, word, PORTABLE: tl.constexpr):
+    if PORTABLE:
+        return tl.load(task + word)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def int_field(task, word, PORTABLE: tl.constexpr):
+    return task_word(task, word, PORTABLE).to(tl.int32)
 
 
 @triton.jit
@@ -93,20 +120,20 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
 
 
 @triton.jit
-def wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
+def wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
     """What the producers of this task's event wrote may be read afterwards."""
-    count = tl.load(task_ptr + TASK_WAIT_COUNT).to(tl.int32)
+    count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
     if count > 0:
-        task_idx = (tl.load(task_ptr + TASK_VARIANT) >> 32).to(tl.int32)
-        counter_ptr = event_ptr + tl.load(task_ptr + TASK_WAIT)
+        task_idx = (task_word(task, TASK_VARIANT, PORTABLE) >> 32).to(tl.int32)
+        counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
         wait_counter(counter_ptr, epoch * count, task_idx, control_ptr, PORTABLE)
 
 
 @triton.jit
-def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
-    """All that this worker wrote may be read by whoever waits for this task's events."""
-    first = tl.load(task_ptr + TASK_SIGNALS)
-    second = tl.load(task_ptr + TASK_SIGNALS + 1)
+def signal(task, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there."""
+    first = task_word(task, TASK_SIGNALS, PORTABLE)
+    second = task_word(task, TASK_SIGNALS + 1, PORTABLE)
     if PORTABLE:
         tl.debug_barrier()
         for i in tl.static_range(4):
@@ -119,6 +146,7 @@ def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
         tl.inline_asm_elementwise(
             """{
             .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+            cp.async.wait_all;
             bar.sync 0;
             mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
             mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
@@ -143,153 +171,400 @@ def signal(task_ptr, event_ptr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def embedding_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
-    tokens_ptr, step_ptr, table_ptr, y_ptr,  # in, in, in, out
+    task, event_ptr, control_ptr, epoch, step,
+    tokens_ptr, table_ptr, y_ptr,  # in, in, out
     col0, num_cols,
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    token = tl.load(tokens_ptr + tl.load(step_ptr))
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    token = tl.load(tokens_ptr + step)
     token = tl.minimum(tl.maximum(token, 0), V - 1)  # after an abort anything may stand there
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_cols
     y = tl.load(table_ptr + token * D + col0 + cols, mask=mask, other=0.0)
     tl.store(y_ptr + col0 + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 # ---- ops/gemv.py ----
 
 
 @triton.jit
-def load_stage(
-    start, row_stride, group_stride, rows0, rows1, cols,
-    WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Four tiles: row group 0 at byte address `start`, row group 1 `group_stride` bytes on; 0 beyond rows and columns.
-
-    ALIGN elements divide addresses, strides and column counts: the compiler sees that only through arithmetic.
-    """
-    align_bytes: tl.constexpr = ALIGN * WEIGHT.primitive_bitwidth // 8
-    ptr0 = tl.multiple_of((start // align_bytes * align_bytes).to(tl.pointer_type(WEIGHT)), align_bytes)
-    ptr1 = ((start + group_stride) // align_bytes * align_bytes).to(tl.pointer_type(WEIGHT))
-    ptr1 = tl.multiple_of(ptr1, align_bytes)
-    row_stride = row_stride // ALIGN * ALIGN
-    cols = cols // ALIGN * ALIGN
-    r = tl.arange(0, BLOCK_N)[:, None]
-    c = tl.arange(0, BLOCK_K)[None, :]
-    offsets = r * row_stride + c
-    mask0 = (r < rows0) & (c < cols)
-    mask1 = (r < rows1) & (c < cols)
-    mask2 = (r < rows0) & (c + BLOCK_K < cols)
-    mask3 = (r < rows1) & (c + BLOCK_K < cols)
-    w0 = tl.load(ptr0 + offsets, mask=mask0, other=0.0, eviction_policy="evict_first")
-    w1 = tl.load(ptr1 + offsets, mask=mask1, other=0.0, eviction_policy="evict_first")
-    w2 = tl.load(ptr0 + BLOCK_K + offsets, mask=mask2, other=0.0, eviction_policy="evict_first")
-    w3 = tl.load(ptr1 + BLOCK_K + offsets, mask=mask3, other=0.0, eviction_policy="evict_first")
-    return (w0, w1, w2, w3)
+def thread_place(K: tl.constexpr, SLOT_ROWS: tl.constexpr):
+    """[WARPS, LANES], one element per thread: first row in a slot, segment, first column in the segment."""
+    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+    WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
+    warp = tl.arange(0, WARPS)[:, None] + tl.zeros([1, LANES], tl.int32)
+    lane = tl.zeros([WARPS, 1], tl.int32) + tl.arange(0, LANES)[None, :]
+    return warp // SEGMENTS * WARP_ROWS, warp % SEGMENTS, lane * 8
 
 
 @triton.jit
-def load_next(
-    task_ptr,
-    WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The first two stages of the weights that this worker reads after the given task."""
-    start = tl.load(task_ptr + TASK_NEXT)
-    row_stride = tl.load(task_ptr + TASK_NEXT + 1).to(tl.int32)
-    group_stride = tl.load(task_ptr + TASK_NEXT + 2)
-    rows = tl.load(task_ptr + TASK_NEXT + 3)
-    cols = tl.load(task_ptr + TASK_NEXT + 4).to(tl.int32)
-    rows0 = rows.to(tl.int32)
-    rows1 = (rows >> 32).to(tl.int32)
-    stage_bytes: tl.constexpr = 2 * BLOCK_K * WEIGHT.primitive_bitwidth // 8
-    a = load_stage(start, row_stride, group_stride, rows0, rows1, cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
-    b = load_stage(
-        start + stage_bytes, row_stride, group_stride, rows0, rows1, cols - 2 * BLOCK_K, WEIGHT, ALIGN, BLOCK_N, BLOCK_K
+def load_words(ptr, wanted):
+    """16 bytes of global memory as four words; zeros where `wanted` is 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,l,r",
+        [ptr.to(tl.int64), wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
     )
-    return (a, b)
 
 
 @triton.jit
-def load_activations(
-    x_ptr, gain_ptr, col,
-    K: tl.constexpr, PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """x[col : col + BLOCK_K] in fp32, the same in all BLOCK_N rows, and its product with the gain of the norm.
-
-    A residual stream comes in PARTS parts (those of a split K), which are added here in their order.
-    """
-    cols = col + tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
-    mask = cols < K
-    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        x += tl.load(x_ptr + part * PART_STRIDE + cols, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        return x, x * tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+def low_half(word, DTYPE: tl.constexpr):
+    """The first of two 16-bit numbers in a word, in fp32."""
+    if tl.bfloat16 == DTYPE:
+        return (word << 16).to(tl.float32, bitcast=True)
     else:
-        return x, x
+        return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def dot_stage(
-    acc0, acc1, squares, stage, x_ptr, gain_ptr, col,
-    K: tl.constexpr, PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    for half in tl.static_range(2):
-        x, scaled = load_activations(
-            x_ptr, gain_ptr, col + half * BLOCK_K, K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K
-        )
-        acc0 += stage[2 * half].to(tl.float32) * scaled
-        acc1 += stage[2 * half + 1].to(tl.float32) * scaled
-        if NORM:
-            squares += x * x
-    return acc0, acc1, squares
+def high_half(word, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        return (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def dot_row_block(
-    carry, x_ptr, gain_ptr, weight_addr, group_stride, block, num_rows,
-    K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Dot products of row block `block` with x: two vectors [BLOCK_N], one per row group, and sum(x^2) in every row.
-
-    Row group 1 lies GROUP_ROWS rows below group 0 (linear) or in another matrix altogether (GROUP_ROWS = 0: gate, up).
-    `carry` holds the first two stages of this block and is returned with those of the task's next one.
-    """
-    a, b = carry
-    stage_cols: tl.constexpr = 2 * BLOCK_K
-    num_stages: tl.constexpr = (K + 2 * stage_cols - 1) // (2 * stage_cols) * 2  # even: a and b alternate
-    block_rows: tl.constexpr = BLOCK_N + GROUP_ROWS
-    elem_bytes: tl.constexpr = WEIGHT.primitive_bitwidth // 8
-    acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for stage in tl.range(0, num_stages, 2, num_stages=1):
-        last = stage + 2 >= num_stages
-        next_col = tl.where(last, 0, (stage + 2) * stage_cols)
-        next_block = tl.where(last, block + 1, block)
-        rows0 = num_rows - next_block * block_rows
-        rows1 = rows0 - GROUP_ROWS
-        start = weight_addr + (next_block * block_rows).to(tl.int64) * (ROW_STRIDE * elem_bytes) + next_col * elem_bytes
-        cols = K - next_col
-        acc0, acc1, squares = dot_stage(
-            acc0, acc1, squares, a, x_ptr, gain_ptr, stage * stage_cols, K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K
-        )
-        a = load_stage(start, ROW_STRIDE, group_stride, rows0, rows1, cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
-        acc0, acc1, squares = dot_stage(
-            acc0, acc1, squares, b, x_ptr, gain_ptr, (stage + 1) * stage_cols,
-            K, PARTS, PART_STRIDE, NORM, BLOCK_N, BLOCK_K,
+def load_eight(ptr, wanted):
+    """Eight elements from each pointer on, in fp32; zeros where `wanted` is 0."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    a, b, c, d = load_words(ptr, wanted)
+    if tl.float32 == DTYPE:
+        e, f, g, h = load_words(ptr + 4, wanted)
+        return (
+            a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True),
+            c.to(tl.float32, bitcast=True), d.to(tl.float32, bitcast=True),
+            e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True),
+            g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True),
         )  # fmt: skip
-        start += stage_cols * elem_bytes
-        b = load_stage(
-            start, ROW_STRIDE, group_stride, rows0, rows1, cols - stage_cols, WEIGHT, ALIGN, BLOCK_N, BLOCK_K
+    else:
+        return (
+            low_half(a, DTYPE), high_half(a, DTYPE), low_half(b, DTYPE), high_half(b, DTYPE),
+            low_half(c, DTYPE), high_half(c, DTYPE), low_half(d, DTYPE), high_half(d, DTYPE),
+        )  # fmt: skip
+
+
+@triton.jit
+def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """A thread's part of a vector [K] in fp32 registers. A gain is loaded so before the wait, activations after it."""
+    if RING:
+        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
+        row, segment, first = thread_place(K, SLOT_ROWS)
+        values = ()
+        for start in tl.static_range(0, COLS, 256):
+            col = segment * COLS + start + first
+            values = values + load_eight(ptr + col, ((start + first < COLS) & (col < K)).to(tl.int32))
+        return values
+    else:
+        return ()
+
+
+@triton.jit
+def write_float(address, x):
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def scale_segment(ring, x, gain, RING: tl.constexpr):
+    """x * gain, part by part; leaves the sums of x^2 of all segments in shared memory."""
+    if RING:
+        scaled = ()
+        squares = tl.zeros([WARPS, LANES], tl.float32)
+        for i in tl.static_range(len(x)):
+            squares += x[i] * x[i]
+            scaled = scaled + (x[i] * gain[i],)
+        write_float(ring[0] + SQUARES_OFFSET + tl.arange(0, WARPS) * 4, tl.sum(squares, axis=1))
+        return scaled
+    else:
+        return ()
+
+
+@triton.jit
+def end_rows(RING: tl.constexpr):
+    """Between `stream_rows` and `row_sums`, and between `row_sums` and the next `stream_rows`."""
+    if RING:
+        tl.debug_barrier()
+
+
+@triton.jit
+def await_slot(smem, slot, phase):
+    """Until the slot is full."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra POLL;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [smem + BARRIERS_OFFSET + slot * 8, phase],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def thread_index():
+    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def read_stream(smem, stream):
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
+        "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
+        "=l,=l,=r,=r,r",
+        [smem - (stream + 1) * STREAM_BYTES],
+        dtype=(tl.int64, tl.int64, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    return stream, start, num_bytes, second, num_bytes, slot_bytes
+
+
+@triton.jit
+def request_rows(smem, slot, phase, capacity, num_streams, cursor):
+    """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
+    stream, addr, left, second, num_bytes, slot_bytes = cursor
+    tl.inline_asm_elementwise(
+        # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
+        """{
+        .reg .pred p; .reg .u64 policy;
+        setp.ne.u32 p, $7, $1; @p bra DONE;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$2 + 128], $3; @!p bra POLL;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $6;
+        setp.eq.u32 p, $6, 0; @p bra DONE;
+        createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$4], [$5], $6, [$2], policy;
+        DONE: mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,l,r,r",
+        [
+            slot * LANES,
+            smem + BARRIERS_OFFSET + slot * 8,
+            phase,
+            smem + RING_OFFSET + slot * capacity,
+            addr,
+            tl.minimum(left, slot_bytes),
+            thread_index(),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    addr += slot_bytes
+    left -= slot_bytes
+    if left <= 0:
+        if second != 0:
+            addr = second
+            second = second * 0
+            left = num_bytes
+        else:
+            stream += 1
+            if stream == num_streams:
+                stream = stream * 0  # those of the next step
+            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
+    return (stream, addr, left, second, num_bytes, slot_bytes)
+
+
+@triton.jit
+def release_slot(ring):
+    """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
+    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        bar.warp.sync 0xffffffff;
+        setp.eq.u32 p, $2, 0;
+        @p mbarrier.arrive.shared::cta.b64 _, [$1 + 128];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [smem + BARRIERS_OFFSET + slot * 8, thread_index() % LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
+    next_slot = slot + 1
+    next_phase = phase
+    if next_slot == slots:
+        next_slot = slots * 0
+        next_phase = phase ^ 1
+    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
+
+
+@triton.jit
+def write_lane_sums(address, values, STRIDE: tl.constexpr):
+    """Sums of one or two values over the lanes of a warp: the first to `address`, the second STRIDE bytes on."""
+    lane = thread_index() % LANES
+    if len(values) == 2:  # lanes 0-15 go on with the first, lanes 16-31 with the second
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .f32 mine, other;
+            setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
+            shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+            setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,r,f,f,r",
+            [address, address + STRIDE, values[0], values[1], lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
-    return (a, b), tl.sum(acc0, axis=1), tl.sum(acc1, axis=1), tl.sum(squares, axis=1)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .f32 mine, other; mov.f32 mine, $2;
+            shfl.sync.bfly.b32 other, mine, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+            setp.eq.u32 p, $3, 0; @p st.shared.f32 [$1], mine;
+            mov.u32 $0, 0;
+            }""",
+            "=r,r,f,r",
+            [address, values[0], lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def read_words(address, wanted):
+    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,r,r",
+        [address, wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
+    if RING:
+        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+        WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
+        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
+        WORDS: tl.constexpr = (COLS + 255) // 256 * 4
+        row, segment, first = thread_place(K, SLOT_ROWS)
+        offset = (row * K + segment * COLS + first) * 2
+        sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
+        for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
+            await_slot(ring[0], ring[4], ring[5])
+            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
+            words = ()
+            for r in tl.static_range(WARP_ROWS):
+                for start in tl.static_range(0, COLS, 256):
+                    wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
+                    words = words + read_words(address + (r * K + start) * 2, wanted)
+            ring = release_slot(ring)
+            totals = ()
+            for r in tl.static_range(WARP_ROWS):
+                even = tl.zeros([WARPS, LANES], tl.float32)
+                odd = tl.zeros([WARPS, LANES], tl.float32)
+                for i in tl.static_range(WORDS):
+                    even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
+                    odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
+                totals = totals + (even + odd,)
+            write_lane_sums(sums + slot * (SLOT_ROWS * SEGMENTS * 4), totals, SEGMENTS * 4)
+    return ring
+
+
+@triton.jit
+def read_float(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def row_sums(
+    ring, place, x_ptr, gain_ptr, weight_addr, block, num_rows,
+    K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Dot products [BLOCK_N] of row block `block` with x (times gain); any number beyond `num_rows`."""
+    if RING:
+        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+        address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * (SEGMENTS * 4)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            total += read_float(address + segment * 4)
+        return total
+    else:
+        first = tl.cast(block, tl.int64) * BLOCK_N
+        weight_ptr = (weight_addr + first * (K * WEIGHT.primitive_bitwidth // 8)).to(tl.pointer_type(WEIGHT))
+        rows = tl.arange(0, BLOCK_N)[:, None]
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for col in tl.range(0, K, BLOCK_K, num_stages=1):
+            cols = col + tl.arange(0, BLOCK_K)[None, :]
+            x = tl.load(x_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+            if NORM:
+                x *= tl.load(gain_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + rows * K + cols, mask=(rows < num_rows - first) & (cols < K), other=0.0)
+            acc += w.to(tl.float32) * x
+        return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def dot_rows(
+    ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows,
+    K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
+    end_rows(RING)
+    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT)
+    end_rows(RING)
+    return ring, row_sums(
+        ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+    )
+
+
+@triton.jit
+def inverse_rms(
+    ring, x_ptr, K: tl.constexpr, EPS: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """rsqrt(mean(x^2) + eps). With a ring: after `scale_segment` and a barrier."""
+    if RING:
+        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+        total = read_float(ring[0] + SQUARES_OFFSET)
+        for segment in tl.static_range(1, SEGMENTS):
+            total += read_float(ring[0] + SQUARES_OFFSET + segment * 4)
+    else:
+        squares = tl.zeros([BLOCK_K], tl.float32)
+        for start in tl.range(0, K, BLOCK_K, num_stages=1):
+            cols = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+            squares += x * x
+        total = tl.sum(squares, axis=0)
+    return tl.rsqrt(total / K + EPS)
 
 
 # ---- ops/rmsnorm_linear.py ----
@@ -297,49 +572,74 @@ def dot_row_block(
 
 @triton.jit
 def rmsnorm_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
-        row = block * 2 * BLOCK_N + rows
-        y0 *= rstd
-        y1 *= rstd
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+        ring, y = dot_rows(
+            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
+        row = block * BLOCK_N + rows
         if HAS_BIAS:
-            y0 += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-            y1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=row + BLOCK_N < num_rows, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row0 + row, y0.to(y_ptr.dtype.element_ty), mask=row < num_rows)
-        tl.store(y_ptr + row0 + row + BLOCK_N, y1.to(y_ptr.dtype.element_ty), mask=row + BLOCK_N < num_rows)
-    signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+            y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
+    return ring
 
 
 # ---- ops/attention.py ----
 
 
 @triton.jit
-def load_head(
-    ptr, gain_ptr, cos_row, sin_row, head, num_heads,
-    HEADS: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+def load_block(
+    cache_ptr, page_table_ptr, kv_head, block, last, step,
+    HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Rows `head` to `head + HEADS` of a [heads, Dh] matrix, normalised and rotated: x * cos + rotate_half(x) * sin."""
+    """Keys or values [NUM_BLOCKS * BLOCK_KV, BLOCK_DH] of older tokens, from a block on; zeros from `last` on."""
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    position = block * BLOCK_KV + tl.arange(0, NUM_BLOCKS * BLOCK_KV)
+    wanted = (position < step) & (position < last * BLOCK_KV)
+    if NUM_BLOCKS == 1:  # within one page
+        page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
+        row = (page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE + tl.arange(0, BLOCK_KV)
+    else:
+        page = tl.load(page_table_ptr + position // PAGE_SIZE, mask=wanted, other=0).to(tl.int64)
+        row = (page * HKV + kv_head) * PAGE_SIZE + position % PAGE_SIZE
+    return tl.load(cache_ptr + row[:, None] * DH + d, mask=wanted[:, None] & (d < DH), other=0.0)
+
+
+@triton.jit
+def load_head(ptr, head, num_heads, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr):
+    """Rows `head` to `head + num_heads` of a [heads, Dh] matrix, and each element's partner in rotate_half."""
     d = tl.arange(0, BLOCK_DH)[None, :]
     h = tl.arange(0, HEADS)[:, None]
     mask = (h < num_heads) & (d < DH)
-    partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
     base = ptr + (head + h) * DH
-    x = tl.load(base + d, mask=mask, other=0.0).to(tl.float32)
-    x_partner = tl.load(base + partner, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
+    return tl.load(base + d, mask=mask, other=0.0), tl.load(base + partner, mask=mask, other=0.0)
+
+
+@triton.jit
+def rotate_head(
+    x, x_partner, gain_ptr, cos_row, sin_row,
+    DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Normalised (if NORM) and rotated: x * cos + rotate_half(x) * sin."""
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    x = x.to(tl.float32)
+    x_partner = x_partner.to(tl.float32)
     if NORM:
+        partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
         x *= rstd * tl.load(gain_ptr + d, mask=d < DH, other=0.0).to(tl.float32)
         x_partner *= rstd * tl.load(gain_ptr + partner, mask=d < DH, other=0.0).to(tl.float32)
@@ -347,9 +647,23 @@ def load_head(
 
 
 @triton.jit
+def attend(q, k, v, position0, step, m, l, acc):
+    """One step of the online softmax: keys and values of the tokens from `position0` on."""
+    position = position0 + tl.arange(0, k.shape[0])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where((position < step)[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, axis=1))
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l, acc
+
+
+@triton.jit
 def attention_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr, step_ptr,  # in
+    task, event_ptr, control_ptr, epoch, step,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,  # in
     k_cache_ptr, v_cache_ptr,  # in and out
     acc_ptr, max_ptr, sum_ptr,  # out
     kv_head, split,
@@ -360,57 +674,71 @@ def attention_tile(
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
     d_mask = d < DH
-    step = tl.load(step_ptr)
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
     first = split * num_blocks // NUM_SPLITS
     last = (split + 1) * num_blocks // NUM_SPLITS
     is_last = split == NUM_SPLITS - 1
     cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
     sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
+    # nobody writes older rows of the cache in this step: the first small block is on its way while we wait
+    SMALL_PER_LARGE: tl.constexpr = 2
+    first_small = last - (last - first) % SMALL_PER_LARGE
+    k = load_block(
+        k_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
+    )
+    v = load_block(
+        v_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
+    )
+    new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if is_last | (first < last):
-        q = load_head(
-            qkv_ptr, q_gain_ptr, cos_row, sin_row, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH, NORM, EPS
-        ) * (SCALE * 1.4426950408889634)  # log2(e)
+        # all loads before the first use of one: they are under way together
+        q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
+        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_last.to(tl.int32), 1, DH, BLOCK_DH)
+        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d_mask & is_last, other=0.0)
+        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q *= SCALE * 1.4426950408889634  # log2(e)
         m = tl.full([BLOCK_H], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_DH], tl.float32)
         if is_last:  # the new token
-            k_new = load_head(
-                qkv_ptr + H * DH, k_gain_ptr, cos_row, sin_row, kv_head, 1, 1, DH, BLOCK_DH, NORM, EPS
-            ).to(k_cache_ptr.dtype.element_ty)
-            v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d_mask, other=0.0)
+            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+            k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
-            page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
-            row = ((page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
+            row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
             tl.store(k_cache_ptr + row + d, k_new, mask=d_mask)
             tl.store(v_cache_ptr + row + d, v_new, mask=d_mask)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)
             l += 1.0
             acc += v_new.to(tl.float32)
         q = q.to(k_cache_ptr.dtype.element_ty)
-        for block in tl.range(first, last, num_stages=2):
-            position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
-            page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE).to(tl.int64)
-            base = ((page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE) * DH
-            offsets = base + tl.arange(0, BLOCK_KV)[:, None] * DH + d
-            mask = (position < step)[:, None] & d_mask
-            k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = tl.where((position < step)[None, :], scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, axis=1))
-            p = tl.exp2(scores - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            l = l * alpha + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-            m = m_new
+        # long contexts: many tokens under way at once
+        for block in tl.range(first, first_small, SMALL_PER_LARGE, num_stages=1):
+            k_large = load_block(
+                k_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
+            )  # fmt: skip
+            v_large = load_block(
+                v_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
+            )  # fmt: skip
+            m, l, acc = attend(q, k_large, v_large, block * BLOCK_KV, step, m, l, acc)
+        for block in tl.range(first_small, last, num_stages=1):
+            m, l, acc = attend(q, k, v, block * BLOCK_KV, step, m, l, acc)
+            k = load_block(
+                k_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
+            )  # fmt: skip
+            v = load_block(
+                v_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
+                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
+            )  # fmt: skip
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
         tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
         tl.store(max_ptr + head, m, mask=h < GROUP)
         tl.store(sum_ptr + head, l, mask=h < GROUP)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 # ---- ops/attention_merge.py ----
@@ -418,27 +746,46 @@ def attention_tile(
 
 @triton.jit
 def attention_merge_tile(
-    task_ptr, event_ptr, control_ptr, epoch,
-    acc_ptr, max_ptr, sum_ptr, step_ptr, out_ptr,  # in, in, in, in, out
+    task, event_ptr, control_ptr, epoch, step,
+    acc_ptr, max_ptr, sum_ptr, out_ptr,  # in, in, in, out
     head,
     H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_DH)
-    num_blocks = (tl.load(step_ptr) + BLOCK_KV - 1) // BLOCK_KV
-    has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
-    mask = (split < NUM_SPLITS) & (has_tokens | (split == NUM_SPLITS - 1))
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    m = tl.load(max_ptr + split * H + head, mask=mask, other=float("-inf"))
-    weight = tl.exp2(m - tl.max(m, axis=0))
-    total = tl.sum(weight * tl.load(sum_ptr + split * H + head, mask=mask, other=0.0), axis=0)
-    acc = tl.load(
-        acc_ptr + (split * H + head)[:, None] * DH + d[None, :], mask=mask[:, None] & (d < DH)[None, :], other=0.0
-    )
-    out = tl.sum(acc * (weight / total)[:, None], axis=0)
+    num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    top = float("-inf")
+    total = 0.0
+    out = tl.zeros([BLOCK_DH], tl.float32)
+    # Sixteen splits at a time, all their loads on the way together, nothing summed up across threads. The last sixteen
+    # come first: the last split of all always has a token, so that `top` is a number from then on.
+    for group in tl.static_range((NUM_SPLITS + 15) // 16):
+        m = ()
+        l = ()
+        acc = ()
+        for i in tl.static_range(16 if NUM_SPLITS - group * 16 >= 16 else NUM_SPLITS - group * 16):
+            split = NUM_SPLITS - 1 - group * 16 - i
+            has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
+            has_tokens = has_tokens | (group + i == 0)
+            row = split * H + head
+            m = m + (tl.load(max_ptr + row, mask=has_tokens, other=float("-inf")),)
+            l = l + (tl.load(sum_ptr + row, mask=has_tokens, other=0.0),)
+            acc = acc + (tl.load(acc_ptr + row * DH + d, mask=has_tokens & (d < DH), other=0.0),)
+        new_top = top
+        for i in tl.static_range(len(m)):
+            new_top = tl.maximum(new_top, m[i])
+        scale = tl.exp2(top - new_top)
+        total *= scale
+        out *= scale
+        for i in tl.static_range(len(m)):
+            weight = tl.exp2(m[i] - new_top)
+            total += l[i] * weight
+            out += acc[i] * weight
+        top = new_top
+    out /= total
     tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
 
 
 # ---- ops/linear_residual.py ----
@@ -446,40 +793,26 @@ def attention_merge_tile(
 
 @triton.jit
 def linear_residual_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
-    row0, num_rows, part,
-    N: tl.constexpr, K_PART: tl.constexpr, ROW_STRIDE: tl.constexpr, RESIDUAL_PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    row0, num_rows,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    for block in tl.range(0, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), num_stages=1):
-        row = block * 2 * BLOCK_N + rows
-        mask0 = row < num_rows
-        mask1 = row + BLOCK_N < num_rows
-        adds0 = mask0 & (part == 0)
-        adds1 = mask1 & (part == 0)
-        base0 = tl.zeros([BLOCK_N], tl.float32)
-        base1 = tl.zeros([BLOCK_N], tl.float32)
-        for residual_part in tl.static_range(RESIDUAL_PARTS):
-            ptr = residual_ptr + residual_part * N + row0 + row
-            base0 += tl.load(ptr, mask=adds0, other=0.0)
-            base1 += tl.load(ptr + BLOCK_N, mask=adds1, other=0.0)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    x = load_segment(x_ptr, K, SLOT_ROWS, RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+        row = block * BLOCK_N + rows
+        base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
         if HAS_BIAS:
-            base0 += tl.load(bias_ptr + row0 + row, mask=adds0, other=0.0).to(tl.float32)
-            base1 += tl.load(bias_ptr + row0 + row + BLOCK_N, mask=adds1, other=0.0).to(tl.float32)
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr + part * K_PART, x_ptr,
-            weight_addr, BLOCK_N * ROW_STRIDE * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            K_PART, ROW_STRIDE, BLOCK_N, 1, 0, False, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        ptr = y_ptr + part * N + row0 + row
-        tl.store(ptr, base0 + y0, mask=mask0)
-        tl.store(ptr + BLOCK_N, base1 + y1, mask=mask1)
-    signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+            base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+        ring, y = dot_rows(
+            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
+    return ring
 
 
 # ---- ops/rmsnorm_gated_linear.py ----
@@ -487,26 +820,55 @@ def linear_residual_tile(
 
 @triton.jit
 def rmsnorm_gated_linear_tile(
-    task_ptr, event_ptr, control_ptr, epoch, carry,
+    task, event_ptr, control_ptr, epoch, ring,
     x_ptr, gain_ptr, gate_addr, up_addr, h_ptr,  # in, in, in, in, out
     row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
-        carry, gate, up, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, gate_addr, up_addr - gate_addr, block, num_rows,
-            D, D, 0, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    end_rows(RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
+        gate = row_sums(
+            ring, 0, x_ptr, gain_ptr, gate_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        up = row_sums(
+            ring, BLOCK_N, x_ptr, gain_ptr, up_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        rstd = inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
-    signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    signal(task, event_ptr, PORTABLE)
+    return ring
+
+
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
+    if RING:
+        num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
+        reach = ring[1] - 1
+        if num_slots > reach:  # the cursor has not left them
+            stream = ring[8][0] + 1
+            if stream == ring[3]:
+                stream = stream * 0
+            cursor = read_stream(ring[0], stream)
+            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
+        for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
+            await_slot(ring[0], ring[4], ring[5])
+            ring = release_slot(ring)
+    return ring
 
 
 # ---- ops/lm_head.py ----
@@ -514,42 +876,40 @@ def rmsnorm_gated_linear_tile(
 
 @triton.jit
 def lm_head_tile(
-    task_ptr, event_ptr, control_ptr, logits_ptr, epoch, carry,
-    x_ptr, gain_ptr, weight_addr, step_ptr, best_value_ptr, best_index_ptr,  # in, in, in, in, out, out
-    task, row0, num_rows,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PORTABLE: tl.constexpr, WEIGHT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    task, event_ptr, control_ptr, logits_ptr, epoch, step, ring,
+    x_ptr, gain_ptr, weight_addr, best_value_ptr, best_index_ptr,  # in, in, in, out, out
+    part, row0, num_rows,
+    D: tl.constexpr, EPS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     best_row = tl.zeros([BLOCK_N], tl.int32)
-    step = tl.load(step_ptr)
     wanted = step >= tl.load(control_ptr + CONTROL_LOGITS_FROM)
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    num_blocks = tl.where(wanted, (num_rows + 2 * BLOCK_N - 1) // (2 * BLOCK_N), 0)
+    gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
+    if not wanted:
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
+        num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
-        carry, y0, y1, squares = dot_row_block(
-            carry, x_ptr, gain_ptr, weight_addr, BLOCK_N * D * (WEIGHT.primitive_bitwidth // 8), block, num_rows,
-            D, D, BLOCK_N, PARTS, D, True, WEIGHT, ALIGN, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rstd = tl.rsqrt(squares / D + EPS)
-        y0 *= rstd
-        y1 *= rstd
-        row = block * 2 * BLOCK_N + rows
-        mask0 = row < num_rows
-        mask1 = row + BLOCK_N < num_rows
-        tl.store(row_ptr + row0 + row, y0, mask=mask0)
-        tl.store(row_ptr + row0 + row + BLOCK_N, y1, mask=mask1)
-        best_row = tl.where(mask0 & (y0 > best), row, best_row)
-        best = tl.where(mask0 & (y0 > best), y0, best)
-        best_row = tl.where(mask1 & (y1 > best), row + BLOCK_N, best_row)
-        best = tl.where(mask1 & (y1 > best), y1, best)
+        ring, y = dot_rows(
+            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
+        row = block * BLOCK_N + rows
+        tl.store(row_ptr + row0 + row, y, mask=row < num_rows)
+        better = (row < num_rows) & (y > best)
+        best_row = tl.where(better, row, best_row)
+        best = tl.where(better, y, best)
     value = tl.max(best, axis=0)
-    tl.store(best_value_ptr + task, value)
-    tl.store(best_index_ptr + task, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
-    signal(task_ptr, event_ptr, PORTABLE)
-    return load_next(task_ptr, WEIGHT, ALIGN, BLOCK_N, BLOCK_K)
+    tl.store(best_value_ptr + part, value)
+    tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
+    signal(task, event_ptr, PORTABLE)
+    return ring
 
 
 # ---- ops/argmax.py ----
@@ -579,8 +939,8 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 
 @triton.jit
 def argmax_tile(
-    task_ptr, event_ptr, control_ptr, mailbox_ptr, epoch,
-    best_value_ptr, best_index_ptr, tokens_ptr, step_ptr,  # in, in, out, in and out
+    task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
+    best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
     NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.arange(0, BLOCK)
@@ -588,9 +948,9 @@ def argmax_tile(
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
-    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, volatile=True) != 0  # travels over the bus while we wait
-    wait(task_ptr, event_ptr, control_ptr, epoch, PORTABLE)
-    step = tl.load(step_ptr)
+    asks = step % STOP_INTERVAL == 0
+    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
     index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
     best = tl.max(value, axis=0)
@@ -600,32 +960,158 @@ def argmax_tile(
         tl.store(tokens_ptr + step + 1, token)
         publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
         stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
-    tl.debug_barrier()  # every thread has read step
     tl.store(step_ptr, step + 1)
     tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
-    signal(task_ptr, event_ptr, PORTABLE)
+    signal(task, event_ptr, PORTABLE)
+
+
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr, RING: tl.constexpr):
+    """Notes which weights this worker reads, in order, and requests the first of them."""
+    if RING:
+        slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
+        capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
+        num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
+        for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
+            task = first + tl.arange(0, WARPS * LANES)
+            task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
+            mask = task < num_tasks
+            stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
+                setp.lt.s32 p, $2, 0; @p bra DONE;
+                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
+                DONE: mov.u32 $0, 0;
+                }""",
+                "=r,r,r,l,l,l,l",
+                [
+                    smem - STREAM_BYTES,
+                    stream,
+                    tl.load(task_ptr + TASK_STREAM, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 at, left;
+            setp.ne.u32 p, $2, 0; @p bra DONE;
+            mov.u32 at, $1; mov.u32 left, 16;
+            NEXT: mbarrier.init.shared::cta.b64 [at], 1; mbarrier.init.shared::cta.b64 [at + 128], 16;
+            add.u32 at, at, 8; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
+            fence.mbarrier_init.release.cluster;
+            DONE: bar.sync 0; mov.u32 $0, 0;
+            }""",
+            "=r,r,r",
+            [smem + BARRIERS_OFFSET, thread_index()],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        zero = slots * 0
+        if num_streams > 0:
+            cursor = read_stream(smem, zero)
+            for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
+                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
+        else:
+            slots = zero + 1  # nothing is on its way, and nothing ever will be
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
+        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
+    else:
+        return 0
+
+
+@triton.jit
+def drain_ring(ring, RING: tl.constexpr):
+    """Until nothing is on its way: a program may not end while copies into its shared memory run."""
+    if RING:
+        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+        for _ in tl.range(0, slots - 1, num_stages=1):
+            await_slot(smem, slot, phase)
+            slot += 1
+            if slot == slots:
+                slot = slots * 0
+                phase ^= 1
 
 
 # ---- scheduler/device.py ----
 
 
 @triton.jit
-def pointer_field(task_ptr, word, DTYPE: tl.constexpr):
-    """A pointer of the task descriptor; the compiler learns its 16-byte alignment from the arithmetic."""
-    return tl.multiple_of((tl.load(task_ptr + word) // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+def shared_memory(control_ptr, PORTABLE: tl.constexpr):
+    """Address of our part of shared memory, which lies behind the compiler's."""
+    if PORTABLE:
+        return 0
+    else:
+        smem = tl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        return smem + tl.load(control_ptr + CONTROL_SHARED_BASE).to(tl.int32)
 
 
 @triton.jit
-def int_field(task_ptr, word):
-    return tl.load(task_ptr + word).to(tl.int32)
+def fetch_task(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Starts to copy a task descriptor to shared memory, where it is when the present task has signalled.
+
+    Every wait empties the L1 cache, and a descriptor word that came late would hold up all that wait for this task.
+    """
+    if not PORTABLE:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 at; .reg .u64 from;
+            mov.u32 at, %tid.x; setp.ge.u32 p, at, $3; mad.wide.u32 from, at, 16, $1; mad.lo.u32 at, at, 16, $2;
+            @!p cp.async.ca.shared.global [at], [from], 16;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            [
+                (queue_ptr + slot * TASK_WORDS).to(tl.int64),
+                smem + turn % 2 * DESCRIPTOR_BYTES,
+                smem * 0 + TASK_WORDS // 2,
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def await_fetch(smem, PORTABLE: tl.constexpr):
+    """Until what `fetch_task` copies is there. `signal` does the same."""
+    if not PORTABLE:
+        tl.inline_asm_elementwise(
+            "cp.async.wait_all; bar.sync 0; mov.u32 $0, $1;", "=r,r", [smem], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def task_address(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Where `task_word` finds the descriptor: a pointer, or an address in shared memory."""
+    if PORTABLE:
+        return queue_ptr + slot * TASK_WORDS
+    else:
+        return smem + turn % 2 * DESCRIPTOR_BYTES
+
+
+@triton.jit
+def pointer_field(task, word, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+    """A pointer of the task descriptor; the compiler learns its 16-byte alignment from the arithmetic."""
+    return tl.multiple_of((task_word(task, word, PORTABLE) // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
 
 
 # ---- megakernel ----
 
 
 @triton.jit
-def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, mailbox_ptr, first_worker):
+def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
     """Worker w runs tasks queue_start[w] to queue_start[w + 1] of the queue once per epoch, until told to stop."""
     worker = tl.program_id(0) + first_worker
     first_task = tl.load(queue_start_ptr + worker).to(tl.int64)
@@ -633,74 +1119,82 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
-    carry = load_next(worker_queue_ptr + (num_tasks - 1) * TASK_WORDS, tl.bfloat16, ALIGN, BLOCK_N, BLOCK_K)
+    smem = shared_memory(control_ptr, PORTABLE)
+    ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
+    turn = 0
+    fetch_task(worker_queue_ptr, 0, turn, smem, TASK_WORDS, PORTABLE)
+    await_fetch(smem, PORTABLE)
     running = num_tasks > 0
     while running:
+        step = tl.load(step_ptr)  # changes at the end of a step only
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
-            task_ptr = worker_queue_ptr + slot * TASK_WORDS
-            variant = int_field(task_ptr, TASK_VARIANT)
+            task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
+            next_slot = tl.where(slot + 1 == num_tasks, 0, slot + 1)
+            fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
+            turn ^= 1
+            variant = int_field(task, TASK_VARIANT, PORTABLE)
             if variant == 0:  # embedding
                 embedding_tile(
-                    task_ptr,
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    tokens_ptr=pointer_field(task_ptr, 10, tl.int64),
-                    step_ptr=pointer_field(task_ptr, 11, tl.int32),
-                    table_ptr=pointer_field(task_ptr, 12, tl.bfloat16),
-                    y_ptr=pointer_field(task_ptr, 13, tl.float32),
-                    col0=int_field(task_ptr, 14),
-                    num_cols=int_field(task_ptr, 15),
+                    step,
+                    tokens_ptr=pointer_field(task, 10, tl.int64, PORTABLE),
+                    table_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
+                    y_ptr=pointer_field(task, 12, tl.float32, PORTABLE),
+                    col0=int_field(task, 13, PORTABLE),
+                    num_cols=int_field(task, 14, PORTABLE),
                     V=1024,
                     D=256,
                     BLOCK_D=256,
                     PORTABLE=PORTABLE,
                 )
             elif variant == 1:  # rmsnorm_linear
-                carry = rmsnorm_linear_tile(
-                    task_ptr,
+                ring = rmsnorm_linear_tile(
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    carry,
-                    x_ptr=pointer_field(task_ptr, 10, tl.float32),
-                    gain_ptr=pointer_field(task_ptr, 11, tl.bfloat16),
-                    weight_addr=tl.load(task_ptr + 12),
-                    bias_ptr=pointer_field(task_ptr, 13, tl.bfloat16),
-                    y_ptr=pointer_field(task_ptr, 14, tl.bfloat16),
-                    row0=int_field(task_ptr, 15),
-                    num_rows=int_field(task_ptr, 16),
+                    ring,
+                    x_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
+                    gain_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
+                    weight_addr=task_word(task, 12, PORTABLE),
+                    bias_ptr=pointer_field(task, 13, tl.bfloat16, PORTABLE),
+                    y_ptr=pointer_field(task, 14, tl.bfloat16, PORTABLE),
+                    row0=int_field(task, 15, PORTABLE),
+                    num_rows=int_field(task, 16, PORTABLE),
                     D=256,
-                    PARTS=1,
                     EPS=1e-06,
                     HAS_BIAS=False,
+                    SLOT_ROWS=16,
+                    BLOCK_N=512,
                     PORTABLE=PORTABLE,
+                    RING=RING,
                     WEIGHT=tl.bfloat16,
-                    ALIGN=ALIGN,
-                    BLOCK_N=BLOCK_N,
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 2:  # attention
                 attention_tile(
-                    task_ptr,
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    qkv_ptr=pointer_field(task_ptr, 10, tl.bfloat16),
-                    q_gain_ptr=pointer_field(task_ptr, 11, tl.bfloat16),
-                    k_gain_ptr=pointer_field(task_ptr, 12, tl.bfloat16),
-                    cos_ptr=pointer_field(task_ptr, 13, tl.float32),
-                    sin_ptr=pointer_field(task_ptr, 14, tl.float32),
-                    page_table_ptr=pointer_field(task_ptr, 15, tl.int32),
-                    step_ptr=pointer_field(task_ptr, 16, tl.int32),
-                    k_cache_ptr=pointer_field(task_ptr, 17, tl.bfloat16),
-                    v_cache_ptr=pointer_field(task_ptr, 18, tl.bfloat16),
-                    acc_ptr=pointer_field(task_ptr, 19, tl.float32),
-                    max_ptr=pointer_field(task_ptr, 20, tl.float32),
-                    sum_ptr=pointer_field(task_ptr, 21, tl.float32),
-                    kv_head=int_field(task_ptr, 22),
-                    split=int_field(task_ptr, 23),
+                    step,
+                    qkv_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
+                    q_gain_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
+                    k_gain_ptr=pointer_field(task, 12, tl.bfloat16, PORTABLE),
+                    cos_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
+                    sin_ptr=pointer_field(task, 14, tl.float32, PORTABLE),
+                    page_table_ptr=pointer_field(task, 15, tl.int32, PORTABLE),
+                    k_cache_ptr=pointer_field(task, 16, tl.bfloat16, PORTABLE),
+                    v_cache_ptr=pointer_field(task, 17, tl.bfloat16, PORTABLE),
+                    acc_ptr=pointer_field(task, 18, tl.float32, PORTABLE),
+                    max_ptr=pointer_field(task, 19, tl.float32, PORTABLE),
+                    sum_ptr=pointer_field(task, 20, tl.float32, PORTABLE),
+                    kv_head=int_field(task, 21, PORTABLE),
+                    split=int_field(task, 22, PORTABLE),
                     H=4,
                     HKV=2,
                     DH=64,
@@ -716,141 +1210,140 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, logits_ptr, m
                 )
             elif variant == 3:  # attention_merge
                 attention_merge_tile(
-                    task_ptr,
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    acc_ptr=pointer_field(task_ptr, 10, tl.float32),
-                    max_ptr=pointer_field(task_ptr, 11, tl.float32),
-                    sum_ptr=pointer_field(task_ptr, 12, tl.float32),
-                    step_ptr=pointer_field(task_ptr, 13, tl.int32),
-                    out_ptr=pointer_field(task_ptr, 14, tl.bfloat16),
-                    head=int_field(task_ptr, 15),
+                    step,
+                    acc_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
+                    max_ptr=pointer_field(task, 11, tl.float32, PORTABLE),
+                    sum_ptr=pointer_field(task, 12, tl.float32, PORTABLE),
+                    out_ptr=pointer_field(task, 13, tl.bfloat16, PORTABLE),
+                    head=int_field(task, 14, PORTABLE),
                     H=4,
                     DH=64,
                     NUM_SPLITS=66,
-                    BLOCK_S=128,
                     BLOCK_DH=64,
                     BLOCK_KV=64,
                     PORTABLE=PORTABLE,
                 )
             elif variant == 4:  # linear_residual
-                carry = linear_residual_tile(
-                    task_ptr,
+                ring = linear_residual_tile(
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    carry,
-                    x_ptr=pointer_field(task_ptr, 10, tl.bfloat16),
-                    weight_addr=tl.load(task_ptr + 11),
-                    bias_ptr=pointer_field(task_ptr, 12, tl.bfloat16),
-                    residual_ptr=pointer_field(task_ptr, 13, tl.float32),
-                    y_ptr=pointer_field(task_ptr, 14, tl.float32),
-                    row0=int_field(task_ptr, 15),
-                    num_rows=int_field(task_ptr, 16),
-                    part=int_field(task_ptr, 17),
-                    N=256,
-                    K_PART=256,
-                    ROW_STRIDE=256,
-                    RESIDUAL_PARTS=1,
+                    ring,
+                    x_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
+                    weight_addr=task_word(task, 11, PORTABLE),
+                    bias_ptr=pointer_field(task, 12, tl.bfloat16, PORTABLE),
+                    residual_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
+                    y_ptr=pointer_field(task, 14, tl.float32, PORTABLE),
+                    row0=int_field(task, 15, PORTABLE),
+                    num_rows=int_field(task, 16, PORTABLE),
+                    K=256,
                     HAS_BIAS=False,
+                    SLOT_ROWS=16,
+                    BLOCK_N=512,
                     PORTABLE=PORTABLE,
+                    RING=RING,
                     WEIGHT=tl.bfloat16,
-                    ALIGN=ALIGN,
-                    BLOCK_N=BLOCK_N,
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 5:  # rmsnorm_gated_linear
-                carry = rmsnorm_gated_linear_tile(
-                    task_ptr,
+                ring = rmsnorm_gated_linear_tile(
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    carry,
-                    x_ptr=pointer_field(task_ptr, 10, tl.float32),
-                    gain_ptr=pointer_field(task_ptr, 11, tl.bfloat16),
-                    gate_addr=tl.load(task_ptr + 12),
-                    up_addr=tl.load(task_ptr + 13),
-                    h_ptr=pointer_field(task_ptr, 14, tl.bfloat16),
-                    row0=int_field(task_ptr, 15),
-                    num_rows=int_field(task_ptr, 16),
+                    ring,
+                    x_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
+                    gain_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
+                    gate_addr=task_word(task, 12, PORTABLE),
+                    up_addr=task_word(task, 13, PORTABLE),
+                    h_ptr=pointer_field(task, 14, tl.bfloat16, PORTABLE),
+                    row0=int_field(task, 15, PORTABLE),
+                    num_rows=int_field(task, 16, PORTABLE),
                     D=256,
-                    PARTS=1,
                     EPS=1e-06,
+                    SLOT_ROWS=16,
+                    BLOCK_N=256,
                     PORTABLE=PORTABLE,
+                    RING=RING,
                     WEIGHT=tl.bfloat16,
-                    ALIGN=ALIGN,
-                    BLOCK_N=BLOCK_N,
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 6:  # linear_residual
-                carry = linear_residual_tile(
-                    task_ptr,
+                ring = linear_residual_tile(
+                    task,
                     event_ptr,
                     control_ptr,
                     epoch,
-                    carry,
-                    x_ptr=pointer_field(task_ptr, 10, tl.bfloat16),
-                    weight_addr=tl.load(task_ptr + 11),
-                    bias_ptr=pointer_field(task_ptr, 12, tl.bfloat16),
-                    residual_ptr=pointer_field(task_ptr, 13, tl.float32),
-                    y_ptr=pointer_field(task_ptr, 14, tl.float32),
-                    row0=int_field(task_ptr, 15),
-                    num_rows=int_field(task_ptr, 16),
-                    part=int_field(task_ptr, 17),
-                    N=256,
-                    K_PART=768,
-                    ROW_STRIDE=768,
-                    RESIDUAL_PARTS=1,
+                    ring,
+                    x_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
+                    weight_addr=task_word(task, 11, PORTABLE),
+                    bias_ptr=pointer_field(task, 12, tl.bfloat16, PORTABLE),
+                    residual_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
+                    y_ptr=pointer_field(task, 14, tl.float32, PORTABLE),
+                    row0=int_field(task, 15, PORTABLE),
+                    num_rows=int_field(task, 16, PORTABLE),
+                    K=768,
                     HAS_BIAS=False,
+                    SLOT_ROWS=16,
+                    BLOCK_N=512,
                     PORTABLE=PORTABLE,
+                    RING=RING,
                     WEIGHT=tl.bfloat16,
-                    ALIGN=ALIGN,
-                    BLOCK_N=BLOCK_N,
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 7:  # lm_head
-                carry = lm_head_tile(
-                    task_ptr,
+                ring = lm_head_tile(
+                    task,
                     event_ptr,
                     control_ptr,
                     logits_ptr,
                     epoch,
-                    carry,
-                    x_ptr=pointer_field(task_ptr, 10, tl.float32),
-                    gain_ptr=pointer_field(task_ptr, 11, tl.bfloat16),
-                    weight_addr=tl.load(task_ptr + 12),
-                    step_ptr=pointer_field(task_ptr, 13, tl.int32),
-                    best_value_ptr=pointer_field(task_ptr, 14, tl.float32),
-                    best_index_ptr=pointer_field(task_ptr, 15, tl.int32),
-                    task=int_field(task_ptr, 16),
-                    row0=int_field(task_ptr, 17),
-                    num_rows=int_field(task_ptr, 18),
+                    step,
+                    ring,
+                    x_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
+                    gain_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
+                    weight_addr=task_word(task, 12, PORTABLE),
+                    best_value_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
+                    best_index_ptr=pointer_field(task, 14, tl.int32, PORTABLE),
+                    part=int_field(task, 15, PORTABLE),
+                    row0=int_field(task, 16, PORTABLE),
+                    num_rows=int_field(task, 17, PORTABLE),
                     D=256,
-                    PARTS=1,
                     EPS=1e-06,
+                    SLOT_ROWS=16,
+                    BLOCK_N=512,
                     PORTABLE=PORTABLE,
+                    RING=RING,
                     WEIGHT=tl.bfloat16,
-                    ALIGN=ALIGN,
-                    BLOCK_N=BLOCK_N,
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 8:  # argmax
                 argmax_tile(
-                    task_ptr,
+                    task,
                     event_ptr,
                     control_ptr,
                     mailbox_ptr,
                     epoch,
-                    best_value_ptr=pointer_field(task_ptr, 10, tl.float32),
-                    best_index_ptr=pointer_field(task_ptr, 11, tl.int32),
-                    tokens_ptr=pointer_field(task_ptr, 12, tl.int64),
-                    step_ptr=pointer_field(task_ptr, 13, tl.int32),
+                    step,
+                    step_ptr,
+                    best_value_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
+                    best_index_ptr=pointer_field(task, 11, tl.int32, PORTABLE),
+                    tokens_ptr=pointer_field(task, 12, tl.int64, PORTABLE),
                     NUM_PARTS=132,
                     BLOCK=256,
                     PORTABLE=PORTABLE,
                 )
+            elif variant == -1:  # a worker without tasks
+                signal(task, event_ptr, PORTABLE)
+            else:  # a damaged queue: whoever waits for this task ends the launch
+                await_fetch(smem, PORTABLE)
         # the step event
         wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1
+    drain_ring(ring, RING)
