@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from decoders import prompt, tiny_pair
 from tri_mpk import CausalLM, MegakernelTimeout, WorkerDiedError
+from tri_mpk.account import SKIPPED
 from tri_mpk.ops.argmax import STOP_INTERVAL
 from tri_mpk.program import Program
 from tri_mpk.scheduler import device as words
@@ -179,11 +180,26 @@ def test_a_wait_that_counts_too_far():
 
 
 def test_a_task_of_no_variant():
-    """A task that no branch of the kernel runs does nothing but signal: nobody waits for it in vain."""
+    """A task that no branch of the kernel runs never signals: its consumers say so."""
     variant = words.TASK_VARIANT.value
 
     def change(queue) -> None:
         queue[0, variant] = queue[0, variant] >> 32 << 32 | 77
+
+    def check(model: CausalLM) -> None:
+        error = timeout_of(model)
+        program = model.kernel.program
+        missing = program.events.signals[program.schedule.queues[0][0]]
+        assert error.event in set(missing).union(*(following(program, event) for event in missing))
+
+    with_corrupt_queues(change, check)
+
+
+def test_a_task_that_only_signals():
+    """What the account makes of tasks that it takes away: nobody waits for them in vain."""
+
+    def change(queue) -> None:
+        queue[0, words.TASK_VARIANT.value] = SKIPPED
 
     def check(model: CausalLM) -> None:
         program = model.kernel.program

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 import tri_mpk
 from decoders import prompt, tiny_config
 from tri_mpk import CausalLM, DeviceError, MegakernelTimeout
+from tri_mpk.account import SKIPPED
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import memory_bytes, random_model
 from tri_mpk.models import describe
@@ -355,7 +356,18 @@ def test_a_wait_that_counts_too_far(impatient):
 
 
 def test_a_task_of_no_variant(impatient):
-    """It does nothing but signal: nobody waits for it in vain."""
+    queue = impatient.kernel.runtime.queue
+    saved = queue.clone()
+
+    def fault() -> None:
+        queue[0, words.TASK_VARIANT.value] = queue[0, words.TASK_VARIANT.value] >> 32 << 32 | 77
+
+    error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
+    assert error.seen < error.wanted
+
+
+def test_a_task_that_only_signals(impatient):
+    """What the account makes of tasks that it takes away: nobody waits for them in vain."""
     expected = impatient.generate(tokens(5), max_new_tokens=20)
     program, queue = impatient.kernel.program, impatient.kernel.runtime.queue
     task = program.graph.tasks[program.schedule.queues[0][0]]
@@ -363,7 +375,7 @@ def test_a_task_of_no_variant(impatient):
     (output,) = task.writes
     data = program.tensors[output.tensor].data.view(-1)[slice(*output.box[1])]
     saved = queue.clone()
-    queue[0, words.TASK_VARIANT.value] = queue[0, words.TASK_VARIANT.value] >> 32 << 32 | 77
+    queue[0, words.TASK_VARIANT.value] = SKIPPED
     data.fill_(7.0)
     try:
         assert impatient.generate(tokens(5), max_new_tokens=20).shape == expected.shape
