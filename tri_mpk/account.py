@@ -31,7 +31,6 @@ class Queues:
     """The packed queues of a model on a GPU, and the edits."""
 
     def __init__(self, model: CausalLM):
-        self.model = model
         self.program = model.kernel.program
         self.words = model.kernel.runtime.queue.cpu()
         self.variant = self.words[:, words.TASK_VARIANT.value].to(torch.int32)
@@ -55,22 +54,16 @@ class Queues:
             if "num_rows" in names:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
 
-    def with_cached_weights(self) -> None:
-        """Every row of every matrix is the same row, a different one for each worker: it comes from the L2 cache."""
-        tensors = [tensor.data for tensor in self.program.tensors.values() if tensor.data is not None]
-        largest = max(tensors, key=lambda tensor: tensor.numel())
-        starts = self.model.kernel.runtime.queue_start.tolist()
-        stride = min(1 << 16, largest.nbytes // (2 * len(starts)) // 256 * 256)
+    def without_copies(self) -> None:
+        """The weight ring is told that every matrix has no bytes: what lies in shared memory is multiplied."""
         stream = words.TASK_STREAM.value
-        for worker, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
-            self.words[first:last, stream] = largest.data_ptr() + worker * stride
         self.words[:, stream + 1 : stream + 3] = 0
 
 
 EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
     "as it is": (),
-    "weights from the L2 cache": (Queues.with_cached_weights,),
-    "weights from the L2 cache, no waits": (Queues.with_cached_weights, Queues.without_waits),
+    "no weights copied": (Queues.without_copies,),
+    "no weights copied, no waits": (Queues.without_copies, Queues.without_waits),
     "no waits": (Queues.without_waits,),
     "no waits, no attention": (Queues.without_waits, Queues.without_attention),
     "no matrices": (Queues.without_matrices,),
