@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from tri_mpk.aot import SIGNATURE, parse_target
+from tri_mpk.aot import SIGNATURE, has_bulk_copies, parse_target
 from tri_mpk.geometries import GEOMETRIES
 
 KEYS = ["registers", "spills", "stack_bytes", "shared_bytes", "bulk_copies", "seconds"]
@@ -98,9 +98,18 @@ def test_the_runtime_launches_the_kernel_that_is_compiled_here():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_gpu_without_bulk_copies_loads_tiles():
+    command = [sys.executable, "-m", "tri_mpk", "compile", "--geometry", "Qwen3-0.6B", "--target", "sm_80", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bulk_copies"] == 0 and report["registers"] <= MAX_REGISTERS
+
+
 def test_targets():
     assert parse_target("sm_90") == parse_target("sm_90a") == GPUTarget("cuda", 90, 32)
     assert parse_target("sm_100").arch == 100
+    assert [t for t in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120") if has_bulk_copies(t)] == ["sm_90", "sm_100"]
     for bad in ("sm_75", "90", "sm90", "gfx942", ""):
         with pytest.raises(ValueError, match="sm_80 or newer"):
             parse_target(bad)

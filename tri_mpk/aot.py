@@ -41,6 +41,11 @@ def parse_target(target: str) -> GPUTarget:
     return GPUTarget("cuda", int(match[1]), 32)
 
 
+def has_bulk_copies(target: str) -> bool:
+    """Whether the target's GPUs can hold a weight ring: Hopper and the Blackwells with as much shared memory."""
+    return parse_target(target).arch // 10 in (9, 10)
+
+
 def check_compiler() -> None:
     """DeviceError where Triton cannot compile: its functions are then bound to its interpreter."""
     if triton.knobs.runtime.interpret:

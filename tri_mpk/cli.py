@@ -261,7 +261,12 @@ def chat(
 
 
 def planned(
-    model: str | None, geometry: str | None, dtype: str | None, max_seq_len: int | None, num_workers: int | None
+    model: str | None,
+    geometry: str | None,
+    dtype: str | None,
+    max_seq_len: int | None,
+    num_workers: int | None,
+    bulk_copies: bool = True,
 ) -> tuple[Program, dict[str, object]]:
     """The program for a model's GPU form, and what it was planned for."""
     import torch
@@ -285,7 +290,7 @@ def planned(
     describe(config, 2)  # before anything else is read from the config of an unknown family
     resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
     resolved_len = resolve_max_seq_len(max_seq_len, config)
-    program = plan_config(config, resolved_dtype, resolved_len, num_workers)
+    program = plan_config(config, resolved_dtype, resolved_len, num_workers, bulk_copies)
     facts = {
         "model": geometry or model,
         "dtype": str(resolved_dtype).removeprefix("torch."),
@@ -390,14 +395,13 @@ def compile_kernel(
     """
     import torch
 
-    from tri_mpk.aot import DEFAULT_TARGET, compile_report, parse_target
+    from tri_mpk.aot import DEFAULT_TARGET, compile_report, has_bulk_copies
     from tri_mpk.generator import write_source
 
     if target is None and torch.cuda.is_available():
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     target = target or DEFAULT_TARGET
-    parse_target(target)
-    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target))
     path = write_source(program.source)
     with spinner(f"compiling for {target}, half a minute or so", progress):
         resources = compile_report(path, target)

@@ -41,12 +41,18 @@ def load_config(name_or_path: str, **hub: object) -> PreTrainedConfig:
         raise CheckpointError(f"cannot read the config of {name_or_path}: {error}".splitlines()[0]) from error
 
 
-def plan_config(config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int, num_workers: int) -> Program:
-    """The program that a GPU with `num_workers` SMs would run, planned on the meta device."""
+def plan_config(
+    config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int, num_workers: int, bulk_copies: bool = True
+) -> Program:
+    """The program that a GPU with `num_workers` SMs would run, planned on the meta device.
+
+    `bulk_copies`: it has what the weight ring needs, as Hopper and the data-centre Blackwells do.
+    """
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
     kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens])
+    kernel.has_bulk_copies = bulk_copies
     build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
     return kernel.plan()
 

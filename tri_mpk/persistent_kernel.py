@@ -74,6 +74,7 @@ class PersistentKernel:
             raise ValueError(f"wait_bound_s={wait_bound_s} must be positive")
         self.device = tokens.device
         self.num_workers = default_num_workers(self.device) if num_workers is None else num_workers
+        self.has_bulk_copies = has_bulk_copies(self.device)
         self.wait_bound_s = wait_bound_s
         self.max_seq_len = tokens.shape[-1]
         self.tensors: dict[str, TensorHandle] = {}
@@ -305,7 +306,9 @@ class PersistentKernel:
             if len(dtypes) > 1:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
-            constants = kernel_constants(dtype, [t.dims[1] for t in streamed], *capabilities(self.device))
+            constants = kernel_constants(
+                dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies
+            )
             self.program = plan(self.calls, self.tensors, self.num_workers, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
@@ -355,12 +358,12 @@ class PersistentKernel:
         return num_tokens + sum(1 for _ in self.launch(request))
 
 
-def capabilities(device: torch.device) -> tuple[bool, bool]:
-    """(only the portable forms run there, it has bulk copies to enough shared memory). Planning assumes a Hopper."""
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether weights can come through a ring in shared memory. Planning on the meta device is for a Hopper."""
     if device.type != "cuda":
-        return device.type == "cpu", device.type == "meta"
+        return device.type == "meta"
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return False, hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
+    return hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
 
 
 def default_num_workers(device: torch.device) -> int:
