@@ -34,12 +34,27 @@ def subtract(a: Box, b: Box) -> list[Box]:
 
 def first_uncovered(box: Box, covers: Iterable[Box]) -> Box | None:
     """A part of `box` that no box of `covers` holds, or None when their union holds all of it."""
+    covers = list(covers)
+    if any(_is_tiled(box, covers, dim) for dim in range(len(box))):
+        return None
     rest = [box]
     for cover in sorted(covers):  # in order, so that few parts are open at any time
         rest = [part for old in rest for part in subtract(old, cover)]
         if not rest:
             return None
     return rest[0]
+
+
+def _is_tiled(box: Box, covers: list[Box], dim: int) -> bool:
+    """Whether boxes as wide as `box` in all other dimensions cover it one after another: how ops cut tensors."""
+    reached, end = box[dim]
+    for cover in sorted(covers, key=lambda cover: cover[dim]):
+        lo, hi = cover[dim]
+        if lo <= reached < hi and all(
+            i == dim or (cover[i][0] <= box[i][0] and box[i][1] <= cover[i][1]) for i in range(len(box))
+        ):
+            reached = hi
+    return reached >= end
 
 
 def region_text(tensor: str, box: Box) -> str:

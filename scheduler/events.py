@@ -102,13 +102,15 @@ def _number(num_tasks: int, edges: dict[int, Event]) -> Events:
 
 
 def _fit_signal_slots(graph: TaskGraph, edges: dict[int, Event]) -> None:
+    producers = [np.array(event.producers) for event in edges.values()]
+    num_signals = np.bincount(np.concatenate(producers)) if producers else np.zeros(0, dtype=np.int64)
+    crowded = np.flatnonzero(num_signals > MAX_SIGNALS).tolist()
+    if not crowded:
+        return
     signals: dict[int, set[int]] = defaultdict(set)
     for edge, event in edges.items():
         for task in event.producers:
             signals[task].add(edge)
-    crowded = sorted(task for task, signalled in signals.items() if len(signalled) > MAX_SIGNALS)
-    if not crowded:
-        return
     edges_between = _edges_by_ops(graph, edges)
     for task in crowded:
         if len(signals[task]) > MAX_SIGNALS:  # an earlier merge may have been enough

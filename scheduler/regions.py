@@ -92,6 +92,7 @@ class RegionCheck:
         num_boxes = len(accesses.boxes)
         last = np.zeros((2, num_boxes, len(self.queues)), dtype=np.int32)  # [0] reads, [1] writes
         seen = np.zeros((2, num_boxes), dtype=np.int64)
+        num_accesses = [0] * num_boxes
         before_read: dict[int, tuple[np.ndarray, int]] = {}  # holds until the next write
         for task, (reads, writes) in accesses.by_task.items():
             for box in reads:
@@ -101,12 +102,14 @@ class RegionCheck:
                 self._require(task, *before_read[box])
             for box in writes:
                 near = overlaps[box]
-                self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
+                if any(num_accesses[i] for i in near.tolist()):  # most tiles are written before anybody else comes
+                    self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
             worker, reached = self.order.worker[task], self.order.position[task] + 1
             for kind, boxes in enumerate((reads, writes)):
                 for box in boxes:
                     last[kind, box, worker] = max(last[kind, box, worker], reached)
                     seen[kind, box] += 1
+                    num_accesses[box] += 1
             if writes:
                 before_read.clear()
 
