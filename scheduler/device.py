@@ -39,7 +39,7 @@ CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is our
 CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
-
+CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
 
 # Our part of shared memory begins with the descriptors of the present task and of the next one.
 DESCRIPTOR_BYTES = tl.constexpr(256)

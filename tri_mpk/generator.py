@@ -121,8 +121,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     fetch_task(worker_queue_ptr, 0, turn, smem, TASK_WORDS, PORTABLE)
     await_fetch(smem, PORTABLE)
     running = num_tasks > 0
+    step = tl.load(control_ptr + CONTROL_FIRST_STEP).to(tl.int32)  # counted from here on: argmax writes step_ptr
     while running:
-        step = tl.load(step_ptr)  # changes at the end of a step only
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
@@ -152,6 +152,7 @@ def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
         "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
         "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
         "        epoch += 1",
+        "        step += 1",
         "    drain_ring(ring, RING)",
     )
 
@@ -181,7 +182,7 @@ def _definitions(roots: list[JITFunction]) -> Iterator[str]:
     """Constants, then functions, callees before callers, each verbatim from its module."""
     functions: dict[str, JITFunction] = {}
     constants: dict[str, tuple[ModuleType, str]] = {"TASK_VARIANT": (device, "TASK_VARIANT")}
-    for name in ("CONTROL_FIRST_EPOCH", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
+    for name in ("CONTROL_FIRST_EPOCH", "CONTROL_FIRST_STEP", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
         constants[name] = (device, name)
 
     def visit(fn: JITFunction) -> None:

@@ -104,6 +104,7 @@ class Runtime:
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
         self.control.copy_(control)
+        self.control[words.CONTROL_FIRST_STEP.value] = self.program.tensors["step"].data.view(())
         self.mailbox.zero_()
         self.num_launches += 1
         self.start(request)

@@ -54,6 +54,7 @@ CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is our
 CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
+CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
 DESCRIPTOR_BYTES = tl.constexpr(256)
 
 
@@ -406,46 +407,26 @@ def release_slot(ring):
 
 
 @triton.jit
-def write_lane_sums(address, values, STRIDE: tl.constexpr):
-    """Sums of one or two values over the lanes of a warp: the first to `address`, the second STRIDE bytes on."""
-    lane = thread_index() % LANES
-    if len(values) == 2:  # lanes 0-15 go on with the first, lanes 16-31 with the second
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .f32 mine, other;
-            setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
-            shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-            setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r,f,f,r",
-            [address, address + STRIDE, values[0], values[1], lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .f32 mine, other; mov.f32 mine, $2;
-            shfl.sync.bfly.b32 other, mine, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-            setp.eq.u32 p, $3, 0; @p st.shared.f32 [$1], mine;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,f,r",
-            [address, values[0], lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def write_lane_sums(address_a, address_b, a, b):
+    """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .f32 mine, other;
+        setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
+        shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+        setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,f,f,r",
+        [address_a, address_b, a, b, thread_index() % LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -492,7 +473,9 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
                     even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
                     odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
                 totals = totals + (even + odd,)
-            write_lane_sums(sums + slot * (SLOT_ROWS * SEGMENTS * 4), totals, SEGMENTS * 4)
+            at = sums + slot * (SLOT_ROWS * SEGMENTS * 4)
+            last: tl.constexpr = WARP_ROWS - 1  # a single row is summed up and written twice
+            write_lane_sums(at, at + last * (SEGMENTS * 4), totals[0], totals[last])
     return ring
 
 
@@ -1125,8 +1108,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     fetch_task(worker_queue_ptr, 0, turn, smem, TASK_WORDS, PORTABLE)
     await_fetch(smem, PORTABLE)
     running = num_tasks > 0
+    step = tl.load(control_ptr + CONTROL_FIRST_STEP).to(tl.int32)  # counted from here on: argmax writes step_ptr
     while running:
-        step = tl.load(step_ptr)  # changes at the end of a step only
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
@@ -1346,4 +1329,5 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
         wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1
+        step += 1
     drain_ring(ring, RING)
