@@ -27,6 +27,7 @@ does.
 import triton
 import triton.language as tl
 
+from tri_mpk.ops.op import Machine
 from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
@@ -301,46 +302,26 @@ def write_float(address, x):
 
 
 @triton.jit
-def write_lane_sums(address, values, STRIDE: tl.constexpr):
-    """Sums of one or two values over the lanes of a warp: the first to `address`, the second STRIDE bytes on."""
-    lane = thread_index() % LANES
-    if len(values) == 2:  # lanes 0-15 go on with the first, lanes 16-31 with the second
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .f32 mine, other;
-            setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
-            shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-            setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r,f,f,r",
-            [address, address + STRIDE, values[0], values[1], lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .f32 mine, other; mov.f32 mine, $2;
-            shfl.sync.bfly.b32 other, mine, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-            shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-            setp.eq.u32 p, $3, 0; @p st.shared.f32 [$1], mine;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,f,r",
-            [address, values[0], lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def write_lane_sums(address_a, address_b, a, b):
+    """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .f32 mine, other;
+        setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
+        shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
+        shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
+        setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,f,f,r",
+        [address_a, address_b, a, b, thread_index() % LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -452,7 +433,9 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
                     even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
                     odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
                 totals = totals + (even + odd,)
-            write_lane_sums(sums + slot * (SLOT_ROWS * SEGMENTS * 4), totals, SEGMENTS * 4)
+            at = sums + slot * (SLOT_ROWS * SEGMENTS * 4)
+            last: tl.constexpr = WARP_ROWS - 1  # a single row is summed up and written twice
+            write_lane_sums(at, at + last * (SEGMENTS * 4), totals[0], totals[last])
     return ring
 
 
@@ -527,7 +510,7 @@ def inverse_rms(
     return tl.rsqrt(total / K + EPS)
 
 
-def slot_rows(k: int, machine) -> int:
+def slot_rows(k: int, machine: Machine) -> int:
     """Rows of K weights that are read at a time: at most 16, a power of two, and 32 KiB if that is more than one."""
     if not machine.ring:
         return 0
@@ -537,7 +520,7 @@ def slot_rows(k: int, machine) -> int:
     return rows
 
 
-def block_rows(k: int, machine, matrices: int = 1) -> int:
+def block_rows(k: int, machine: Machine, matrices: int = 1) -> int:
     """BLOCK_N: rows whose dot products are finished at a time, of each of `matrices`."""
     rows = slot_rows(k, machine)
     if not rows:
