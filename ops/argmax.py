@@ -26,7 +26,7 @@ from tri_mpk.scheduler.device import (
 from tri_mpk.scheduler.graph import Address, Task
 
 # Words of the mailbox (int64), memory of the host that the kernel can reach.
-MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop after this step
+MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that looks
 MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
 STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus

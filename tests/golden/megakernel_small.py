@@ -19,7 +19,7 @@ PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
 RING = tl.constexpr(True)  # weights come through rings in shared memory, not by plain loads
 BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
-MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop after this step
+MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that looks
 MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
 STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
