@@ -9,8 +9,9 @@ waits for an event.
     holds       read     [now]    ready    on its way
     next        slot 0 is refilled; its rows may be the first of the worker's next task
 
-`ring` is the state of that: shared memory, the slot to read next, and the cursor, which is the position of the next
-rows to request. The cursor walks the task descriptors by itself.
+`ring` is the state of that: shared memory, the slot to read next, the warp whose turn it is to request. The warps take
+turns, so that the time a request takes is shared out; each has a cursor of its own in shared memory, the position of
+the rows that it will request next, and moves it by 16 requests afterwards. Nothing passes between warps but slots.
 
 The 16 warps share out a slot of R rows: each takes the same segment of columns of one or two rows in every slot, so
 that a thread holds its part of the activations in registers for the whole task, 8 columns per lane in every 256.
@@ -29,7 +30,6 @@ import triton.language as tl
 
 from tri_mpk.ops.op import Machine
 from tri_mpk.scheduler.device import (
-    CONTROL_PREFETCH_SLOTS,
     CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
     TASK_STREAM,
@@ -40,13 +40,14 @@ WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
-# empty), sums of squares, row sums, the slots. The worker's streams lie in front of all that, the first one last.
+# empty), sums of squares, cursors, row sums, the slots. The worker's streams lie in front of all that, the first one last.
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
-CURSOR_OFFSET = tl.constexpr(896)  # the cursor, the prefetch cursor (32 bytes each), whether there is prefetching
-SUMS_OFFSET = tl.constexpr(1024)
+CURSORS_OFFSET = tl.constexpr(1024)
+CURSOR_BYTES = tl.constexpr(48)
+SUMS_OFFSET = tl.constexpr(1792)
 SUMS_BYTES = tl.constexpr(8192)
-RING_OFFSET = tl.constexpr(9216)
+RING_OFFSET = tl.constexpr(9984)
 STREAM_BYTES = tl.constexpr(32)
 
 
@@ -64,31 +65,32 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
     if RING:
         slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
         capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
-        prefetch_slots = tl.load(control_ptr + CONTROL_PREFETCH_SLOTS).to(tl.int32)
         num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
         for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
             task = first + tl.arange(0, WARPS * LANES)
             task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
             mask = task < num_tasks
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
-            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # the last one: those of the next step
+            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # behind the last one: the next step
+            num_bytes = tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0).to(tl.int32)
+            slot_bytes = tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=1).to(tl.int32)
             tl.inline_asm_elementwise(
                 """{
-                .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
+                .reg .pred p; .reg .u32 at;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
-                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $6; cvt.u32.u64 low2, $7;
-                st.shared.v2.b64 [at], {$4, $5}; st.shared.v4.b32 [at + 16], {low, low2, $3, 0};
+                mad.lo.s32 at, $2, -32, $1; st.shared.v2.b64 [at], {$3, $4}; st.shared.v4.b32 [at + 16], {$5, $6, $7, $8};
                 DONE: mov.u32 $0, 0;
                 }""",
-                "=r,r,r,r,l,l,l,l",
+                "=r,r,r,l,l,r,r,r,r",
                 [
                     smem - STREAM_BYTES,
                     stream,
-                    smem - (following + 1) * STREAM_BYTES,
                     tl.load(task_ptr + TASK_STREAM, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
-                    tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
-                    tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
+                    num_bytes,
+                    slot_bytes,
+                    tl.maximum((num_bytes + slot_bytes - 1) // slot_bytes, 1),
+                    smem - (following + 1) * STREAM_BYTES,
                 ],
                 dtype=tl.int32,
                 is_pure=False,
@@ -111,118 +113,103 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             pack=1,
         )
         zero = slots * 0
+        warp = zero
         if num_streams > 0:
-            set_cursor(smem, smem - STREAM_BYTES)
+            set_cursors(smem, smem - STREAM_BYTES, warp)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                request_rows(smem, slot, 1, capacity, zero, True)
-            prefetch_rows(smem, prefetch_slots)
+                request_rows(smem, slot, 1, capacity, warp)
+                warp += 1
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
-        return (smem, slots, capacity, prefetch_slots, zero, zero, slots - 1, zero + 1, zero)
+        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, warp)
     else:
         return 0
 
 
 @triton.jit
-def set_cursor(smem, stream):
-    """Moves the cursor to the start of a stream, which is given by its address in shared memory. One thread does it."""
+def set_cursors(smem, stream, warp):
+    """The next request, which is `warp`'s, is for the first rows of `stream`, given by its address in shared memory."""
+    lane = thread_index() % LANES
     tl.inline_asm_elementwise(
         """{
-        .reg .pred p; .reg .u64 addr, second; .reg .b32 all, bytes, next, unused;
+        .reg .pred p; .reg .b64 addr, second; .reg .b32 all, bytes, slots, next;
         setp.ne.u32 p, $3, 0; @p bra DONE;
-        ld.shared.v2.b64 {addr, second}, [$2]; ld.shared.v4.b32 {all, bytes, next, unused}, [$2 + 16];
-        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {all, bytes, all, next};
-        st.shared.b32 [$1 + 64], 0;
+        ld.shared.v2.b64 {addr, second}, [$2]; ld.shared.v4.b32 {all, bytes, slots, next}, [$2 + 16];
+        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {all, bytes, slots, next};
+        st.shared.v2.b32 [$1 + 32], {all, slots};
         DONE: mov.u32 $0, 0;
         }""",
         "=r,r,r,r",
-        [smem + CURSOR_OFFSET, stream, thread_index()],
+        [smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES, stream, lane],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+    move_cursor(smem, lane == 0, (thread_index() // LANES - warp) & (WARPS - 1))
 
 
 @triton.jit
-def prefetch_rows(smem, prefetch_slots):
-    """Has the L2 cache fetch what follows the cursor, and from now on one slot more with every request."""
-    if prefetch_slots > 0:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b64 a, b;
-            setp.ne.u32 p, $2, 0; @p bra DONE;
-            ld.shared.v2.b64 {a, b}, [$1]; st.shared.v2.b64 [$1 + 32], {a, b};
-            ld.shared.v2.b64 {a, b}, [$1 + 16]; st.shared.v2.b64 [$1 + 48], {a, b};
-            DONE: mov.u32 $0, 0;
-            }""",
-            "=r,r,r",
-            [smem + CURSOR_OFFSET, thread_index()],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        for _ in tl.range(0, prefetch_slots, num_stages=1):
-            request_rows(smem, prefetch_slots * 0, 0, 0, prefetch_slots * 0, False)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.eq.u32 p, $2, 0; @p st.shared.b32 [$1 + 64], 1;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r",
-            [smem + CURSOR_OFFSET, thread_index()],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def request_rows(smem, slot, phase, capacity, owner, COPY: tl.constexpr):
-    """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on; then prefetches
-    those at the prefetch cursor. Without COPY only that. Thread `owner` does it, for all.
-
-    The next request may be another thread's: it has to come after this one by way of barriers.
-    """
+def move_cursor(smem, is_mover, num_slots):
+    """Moves the cursor of a warp by `num_slots` requests; the thread does it that `is_mover`."""
     tl.inline_asm_elementwise(
         """{
-        .reg .pred p, copy; .reg .u64 addr, second, policy; .reg .b32 left, bytes, all, next, size, cursor;
-        setp.ne.u32 p, $6, $5; @p bra DONE;
-        setp.ne.u32 copy, $7, 0; mov.u32 cursor, $4; @!copy bra NEXT;
-        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1 + 128], $2; @!p bra POLL;
-        NEXT: ld.shared.v2.b64 {addr, second}, [cursor]; ld.shared.v4.b32 {left, bytes, all, next}, [cursor + 16];
-        min.s32 size, left, bytes;
-        @copy mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], size;
-        setp.eq.s32 p, size, 0; @p bra MOVE;
-        @!copy cp.async.bulk.prefetch.L2.global [addr], size;
-        @!copy bra MOVE;
-        createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$3], [addr], size, [$1], policy;
-        MOVE: cvt.u64.u32 policy, bytes; add.u64 addr, addr, policy; sub.s32 left, left, bytes;
-        setp.gt.s32 p, left, 0; @p bra STORE;
-        mov.u64 addr, second; mov.u64 second, 0; mov.b32 left, all; setp.ne.u64 p, addr, 0; @p bra STORE;
-        ld.shared.v2.b64 {addr, second}, [next]; ld.shared.v4.b32 {all, bytes, next, size}, [next + 16];
-        mov.b32 left, all;
-        STORE: st.shared.v2.b64 [cursor], {addr, second}; st.shared.v4.b32 [cursor + 16], {left, bytes, all, next};
-        @!copy bra DONE;
-        add.u32 cursor, cursor, 32; ld.shared.b32 size, [cursor + 32];
-        setp.ne.u32 copy, $7, $7; setp.ne.u32 p, size, 0; @p bra NEXT;
+        .reg .pred p; .reg .u64 addr, second, wide; .reg .b32 left, bytes, count, next, all, slots, distance;
+        setp.eq.u32 p, $2, 0; @p bra DONE;
+        mov.b32 distance, $3; ld.shared.v2.b32 {all, slots}, [$1 + 32];
+        ld.shared.v2.b64 {addr, second}, [$1]; ld.shared.v4.b32 {left, bytes, count, next}, [$1 + 16];
+        MORE: setp.gt.s32 p, count, distance; @p bra WITHIN;
+        sub.s32 distance, distance, count;
+        mov.b64 addr, second; mov.b64 second, 0; mov.b32 left, all; mov.b32 count, slots;
+        setp.ne.u64 p, addr, 0; @p bra MORE;
+        ld.shared.v2.b64 {addr, second}, [next]; ld.shared.v4.b32 {all, bytes, slots, next}, [next + 16];
+        mov.b32 left, all; mov.b32 count, slots; bra MORE;
+        WITHIN: sub.s32 count, count, distance; mul.lo.s32 distance, distance, bytes; sub.s32 left, left, distance;
+        cvt.u64.u32 wide, distance; add.u64 addr, addr, wide;
+        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {left, bytes, count, next};
+        st.shared.v2.b32 [$1 + 32], {all, slots};
         DONE: mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,r,r,r",
+        "=r,r,r,r",
         [
-            smem + BARRIERS_OFFSET + slot * 8,
-            phase,
-            smem + RING_OFFSET + slot * capacity,
-            smem + CURSOR_OFFSET + (0 if COPY else 32),
-            owner,
-            thread_index(),
-            1 if COPY else 0,
+            smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES,
+            is_mover.to(tl.int32),
+            num_slots,
         ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def request_rows(smem, slot, phase, capacity, warp):
+    """Copies the rows at the cursor of `warp` into a slot, once all warps have read it. One of its threads does that."""
+    is_requester = thread_index() == (warp & (WARPS - 1)) * LANES
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u64 addr, policy; .reg .b32 left, bytes;
+        setp.eq.u32 p, $5, 0; @p bra DONE;
+        ld.shared.b64 addr, [$4]; ld.shared.v2.b32 {left, bytes}, [$4 + 16]; min.s32 bytes, bytes, left;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1 + 128], $2; @!p bra POLL;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], bytes;
+        setp.eq.s32 p, bytes, 0; @p bra DONE;
+        createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$3], [addr], bytes, [$1], policy;
+        DONE: mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,r",
+        [
+            smem + BARRIERS_OFFSET + slot * 8,
+            phase,
+            smem + RING_OFFSET + slot * capacity,
+            smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES,
+            is_requester.to(tl.int32),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    move_cursor(smem, is_requester, WARPS)
 
 
 @triton.jit
@@ -245,10 +232,7 @@ def await_slot(smem, slot, phase):
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, prefetch_slots, slot, phase, last, last_phase, owner = ring
-    # Requests take turns among the warps. The next one waits for this slot to be empty, hence for the arrival below,
-    # so it sees where this one left the cursor.
-    request_rows(smem, last, last_phase, capacity, owner, True)
+    smem, slots, capacity, slot, phase, last, last_phase, warp = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -263,13 +247,13 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
+    request_rows(smem, last, last_phase, capacity, warp)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    owner = (owner + LANES) % (WARPS * LANES)
-    return (smem, slots, capacity, prefetch_slots, next_slot, next_phase, slot, phase, owner)
+    return (smem, slots, capacity, next_slot, next_phase, slot, phase, warp + 1)
 
 
 @triton.jit
@@ -279,17 +263,20 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
         smem = ring[0]
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = ring[1] - 1
-        if num_slots > reach:  # the cursor has not left them
+        if num_slots > reach:  # the next request would still be for them
             tl.debug_barrier()
             following = tl.inline_asm_elementwise(
-                "ld.shared.b32 $0, [$1];", "=r,r", [smem + CURSOR_OFFSET + 28], dtype=tl.int32, is_pure=False, pack=1
+                "ld.shared.b32 $0, [$1];",
+                "=r,r",
+                [smem + CURSORS_OFFSET + (ring[7] & (WARPS - 1)) * CURSOR_BYTES + 28],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
             tl.debug_barrier()
-            set_cursor(smem, following)
-            prefetch_rows(smem, ring[3])
-            tl.debug_barrier()
+            set_cursors(smem, following, ring[7])
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(smem, ring[4], ring[5])
+            await_slot(smem, ring[3], ring[4])
             ring = release_slot(ring)
     return ring
 
@@ -298,7 +285,7 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, prefetch_slots, slot, phase, last, last_phase, owner = ring
+        smem, slots, capacity, slot, phase, last, last_phase, warp = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -482,8 +469,8 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[4], ring[5])
-            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
+            await_slot(ring[0], ring[3], ring[4])
+            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):

@@ -40,7 +40,6 @@ CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
-CONTROL_PREFETCH_SLOTS = tl.constexpr(50)  # slots beyond the weight ring that the L2 cache is asked to fetch
 
 # Our part of shared memory begins with the descriptors of the present task and of the next one.
 DESCRIPTOR_BYTES = tl.constexpr(256)

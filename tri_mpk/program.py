@@ -22,7 +22,6 @@ from tri_mpk.scheduler.queues import schedule
 from tri_mpk.scheduler.verify import Report, verify
 
 NUM_WARPS = 16
-PREFETCH_SLOTS = 8
 COMPILE_OPTIONS = {
     "num_warps": NUM_WARPS,
     "maxnreg": 65536 // (32 * NUM_WARPS),  # all there are: else ptxas may spill to make room for a second block
@@ -77,7 +76,6 @@ class SharedMemoryPlan:
     ring_slots: int
     slot_bytes: int
     num_bytes: int
-    prefetch_slots: int = PREFETCH_SLOTS  # beyond the ring: these the L2 cache fetches
 
     @classmethod
     def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:

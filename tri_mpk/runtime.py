@@ -101,7 +101,6 @@ class Runtime:
             control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
             control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
             control[words.CONTROL_RING_SLOT_BYTES.value] = self.shared_memory.slot_bytes
-            control[words.CONTROL_PREFETCH_SLOTS.value] = self.shared_memory.prefetch_slots
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
         self.control.copy_(control)
