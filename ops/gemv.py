@@ -9,9 +9,8 @@ waits for an event.
     holds       read     [now]    ready    on its way
     next        slot 0 is refilled; its rows may be the first of the worker's next task
 
-`ring` is the state of that: shared memory, the slot to read next, the warp whose turn it is to request. The warps take
-turns, so that the time a request takes is shared out; each has a cursor of its own in shared memory, the position of
-the rows that it will request next, and moves it by 16 requests afterwards. Nothing passes between warps but slots.
+`ring` is the state of that: shared memory, the slot to read next, and the cursor, which is the position of the next
+rows to request. The cursor walks the task descriptors by itself.
 
 The 16 warps share out a slot of R rows: each takes the same segment of columns of one or two rows in every slot, so
 that a thread holds its part of the activations in registers for the whole task, 8 columns per lane in every 256.
@@ -40,14 +39,12 @@ WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
-# empty), sums of squares, cursors, row sums, the slots. The worker's streams lie in front of all that, the first one last.
+# empty), sums of squares, row sums, the slots. The worker's streams lie in front of all that, the first one last.
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
-CURSORS_OFFSET = tl.constexpr(1024)
-CURSOR_BYTES = tl.constexpr(48)
-SUMS_OFFSET = tl.constexpr(1792)
+SUMS_OFFSET = tl.constexpr(1024)
 SUMS_BYTES = tl.constexpr(8192)
-RING_OFFSET = tl.constexpr(9984)
+RING_OFFSET = tl.constexpr(9216)
 STREAM_BYTES = tl.constexpr(32)
 
 
@@ -57,6 +54,20 @@ STREAM_BYTES = tl.constexpr(32)
 @triton.jit
 def thread_index():
     return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def read_stream(smem, stream):
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
+        "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
+        "=l,=l,=r,=r,r",
+        [smem - (stream + 1) * STREAM_BYTES],
+        dtype=(tl.int64, tl.int64, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    return stream, start, num_bytes, second, num_bytes, slot_bytes
 
 
 @triton.jit
@@ -71,26 +82,22 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
             mask = task < num_tasks
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
-            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # behind the last one: the next step
-            num_bytes = tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0).to(tl.int32)
-            slot_bytes = tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=1).to(tl.int32)
             tl.inline_asm_elementwise(
                 """{
-                .reg .pred p; .reg .u32 at;
+                .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
-                mad.lo.s32 at, $2, -32, $1; st.shared.v2.b64 [at], {$3, $4}; st.shared.v4.b32 [at + 16], {$5, $6, $7, $8};
+                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
                 DONE: mov.u32 $0, 0;
                 }""",
-                "=r,r,r,l,l,r,r,r,r",
+                "=r,r,r,l,l,l,l",
                 [
                     smem - STREAM_BYTES,
                     stream,
                     tl.load(task_ptr + TASK_STREAM, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
-                    num_bytes,
-                    slot_bytes,
-                    tl.maximum((num_bytes + slot_bytes - 1) // slot_bytes, 1),
-                    smem - (following + 1) * STREAM_BYTES,
+                    tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
+                    tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
                 ],
                 dtype=tl.int32,
                 is_pure=False,
@@ -113,103 +120,61 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             pack=1,
         )
         zero = slots * 0
-        warp = zero
         if num_streams > 0:
-            set_cursors(smem, smem - STREAM_BYTES, warp)
+            cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                request_rows(smem, slot, 1, capacity, warp)
-                warp += 1
+                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
-        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, warp)
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
+        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
 
 @triton.jit
-def set_cursors(smem, stream, warp):
-    """The next request, which is `warp`'s, is for the first rows of `stream`, given by its address in shared memory."""
-    lane = thread_index() % LANES
+def request_rows(smem, slot, phase, capacity, num_streams, cursor):
+    """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
+    stream, addr, left, second, num_bytes, slot_bytes = cursor
     tl.inline_asm_elementwise(
+        # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
         """{
-        .reg .pred p; .reg .b64 addr, second; .reg .b32 all, bytes, slots, next;
-        setp.ne.u32 p, $3, 0; @p bra DONE;
-        ld.shared.v2.b64 {addr, second}, [$2]; ld.shared.v4.b32 {all, bytes, slots, next}, [$2 + 16];
-        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {all, bytes, slots, next};
-        st.shared.v2.b32 [$1 + 32], {all, slots};
-        DONE: mov.u32 $0, 0;
-        }""",
-        "=r,r,r,r",
-        [smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES, stream, lane],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    move_cursor(smem, lane == 0, (thread_index() // LANES - warp) & (WARPS - 1))
-
-
-@triton.jit
-def move_cursor(smem, is_mover, num_slots):
-    """Moves the cursor of a warp by `num_slots` requests; the thread does it that `is_mover`."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .u64 addr, second, wide; .reg .b32 left, bytes, count, next, all, slots, distance;
-        setp.eq.u32 p, $2, 0; @p bra DONE;
-        mov.b32 distance, $3; ld.shared.v2.b32 {all, slots}, [$1 + 32];
-        ld.shared.v2.b64 {addr, second}, [$1]; ld.shared.v4.b32 {left, bytes, count, next}, [$1 + 16];
-        MORE: setp.gt.s32 p, count, distance; @p bra WITHIN;
-        sub.s32 distance, distance, count;
-        mov.b64 addr, second; mov.b64 second, 0; mov.b32 left, all; mov.b32 count, slots;
-        setp.ne.u64 p, addr, 0; @p bra MORE;
-        ld.shared.v2.b64 {addr, second}, [next]; ld.shared.v4.b32 {all, bytes, slots, next}, [next + 16];
-        mov.b32 left, all; mov.b32 count, slots; bra MORE;
-        WITHIN: sub.s32 count, count, distance; mul.lo.s32 distance, distance, bytes; sub.s32 left, left, distance;
-        cvt.u64.u32 wide, distance; add.u64 addr, addr, wide;
-        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {left, bytes, count, next};
-        st.shared.v2.b32 [$1 + 32], {all, slots};
-        DONE: mov.u32 $0, 0;
-        }""",
-        "=r,r,r,r",
-        [
-            smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES,
-            is_mover.to(tl.int32),
-            num_slots,
-        ],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def request_rows(smem, slot, phase, capacity, warp):
-    """Copies the rows at the cursor of `warp` into a slot, once all warps have read it. One of its threads does that."""
-    is_requester = thread_index() == (warp & (WARPS - 1)) * LANES
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .u64 addr, policy; .reg .b32 left, bytes;
-        setp.eq.u32 p, $5, 0; @p bra DONE;
-        ld.shared.b64 addr, [$4]; ld.shared.v2.b32 {left, bytes}, [$4 + 16]; min.s32 bytes, bytes, left;
-        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1 + 128], $2; @!p bra POLL;
-        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], bytes;
-        setp.eq.s32 p, bytes, 0; @p bra DONE;
+        .reg .pred p; .reg .u64 policy;
+        setp.ne.u32 p, $7, $1; @p bra DONE;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$2 + 128], $3; @!p bra POLL;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $6;
+        setp.eq.u32 p, $6, 0; @p bra DONE;
         createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$3], [addr], bytes, [$1], policy;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$4], [$5], $6, [$2], policy;
         DONE: mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,r",
+        "=r,r,r,r,r,l,r,r",
         [
+            slot * LANES,
             smem + BARRIERS_OFFSET + slot * 8,
             phase,
             smem + RING_OFFSET + slot * capacity,
-            smem + CURSORS_OFFSET + thread_index() // LANES * CURSOR_BYTES,
-            is_requester.to(tl.int32),
+            addr,
+            tl.minimum(left, slot_bytes),
+            thread_index(),
         ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
-    move_cursor(smem, is_requester, WARPS)
+    addr += slot_bytes
+    left -= slot_bytes
+    if left <= 0:
+        if second != 0:
+            addr = second
+            second = second * 0
+            left = num_bytes
+        else:
+            stream += 1
+            if stream == num_streams:
+                stream = stream * 0  # those of the next step
+            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
+    return (stream, addr, left, second, num_bytes, slot_bytes)
 
 
 @triton.jit
@@ -232,7 +197,7 @@ def await_slot(smem, slot, phase):
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, slot, phase, last, last_phase, warp = ring
+    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -247,36 +212,29 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
-    request_rows(smem, last, last_phase, capacity, warp)
+    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    return (smem, slots, capacity, next_slot, next_phase, slot, phase, warp + 1)
+    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem = ring[0]
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = ring[1] - 1
-        if num_slots > reach:  # the next request would still be for them
-            tl.debug_barrier()
-            following = tl.inline_asm_elementwise(
-                "ld.shared.b32 $0, [$1];",
-                "=r,r",
-                [smem + CURSORS_OFFSET + (ring[7] & (WARPS - 1)) * CURSOR_BYTES + 28],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-            tl.debug_barrier()
-            set_cursors(smem, following, ring[7])
+        if num_slots > reach:  # the cursor has not left them
+            stream = ring[8][0] + 1
+            if stream == ring[3]:
+                stream = stream * 0
+            cursor = read_stream(ring[0], stream)
+            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(smem, ring[3], ring[4])
+            await_slot(ring[0], ring[4], ring[5])
             ring = release_slot(ring)
     return ring
 
@@ -285,7 +243,7 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, warp = ring
+        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -299,28 +257,18 @@ def drain_ring(ring, RING: tl.constexpr):
 
 @triton.jit
 def read_words(address, wanted):
-    """16 bytes of shared memory as four words; zeros where `wanted` is 0. None: all are wanted."""
-    if wanted is None:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,r",
-            [address],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
-            @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            [address, wanted],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,r,r",
+        [address, wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -469,16 +417,13 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[3], ring[4])
-            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
+            await_slot(ring[0], ring[4], ring[5])
+            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
-                    if start + 256 <= COLS and COLS * SEGMENTS == K:
-                        words = words + read_words(address + (r * K + start) * 2, None)
-                    else:
-                        wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
-                        words = words + read_words(address + (r * K + start) * 2, wanted)
+                    wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
+                    words = words + read_words(address + (r * K + start) * 2, wanted)
             ring = release_slot(ring)
             totals = ()
             for r in tl.static_range(WARP_ROWS):

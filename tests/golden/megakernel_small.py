@@ -27,7 +27,6 @@ WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
-CURSOR_OFFSET = tl.constexpr(896)  # the cursor, the prefetch cursor (32 bytes each), whether there is prefetching
 SUMS_OFFSET = tl.constexpr(1024)
 RING_OFFSET = tl.constexpr(9216)
 STREAM_BYTES = tl.constexpr(32)
@@ -56,7 +55,6 @@ CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
-CONTROL_PREFETCH_SLOTS = tl.constexpr(50)  # slots beyond the weight ring that the L2 cache is asked to fetch
 DESCRIPTOR_BYTES = tl.constexpr(256)
 
 
@@ -323,60 +321,68 @@ def thread_index():
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, owner, COPY: tl.constexpr):
-    """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on; then prefetches
-    those at the prefetch cursor. Without COPY only that. Thread `owner` does it, for all.
+def read_stream(smem, stream):
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
+        "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
+        "=l,=l,=r,=r,r",
+        [smem - (stream + 1) * STREAM_BYTES],
+        dtype=(tl.int64, tl.int64, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    return stream, start, num_bytes, second, num_bytes, slot_bytes
 
-    The next request may be another thread's: it has to come after this one by way of barriers.
-    """
+
+@triton.jit
+def request_rows(smem, slot, phase, capacity, num_streams, cursor):
+    """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
+    stream, addr, left, second, num_bytes, slot_bytes = cursor
     tl.inline_asm_elementwise(
+        # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
         """{
-        .reg .pred p, copy; .reg .u64 addr, second, policy; .reg .b32 left, bytes, all, next, size, cursor;
-        setp.ne.u32 p, $6, $5; @p bra DONE;
-        setp.ne.u32 copy, $7, 0; mov.u32 cursor, $4; @!copy bra NEXT;
-        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1 + 128], $2; @!p bra POLL;
-        NEXT: ld.shared.v2.b64 {addr, second}, [cursor]; ld.shared.v4.b32 {left, bytes, all, next}, [cursor + 16];
-        min.s32 size, left, bytes;
-        @copy mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], size;
-        setp.eq.s32 p, size, 0; @p bra MOVE;
-        @!copy cp.async.bulk.prefetch.L2.global [addr], size;
-        @!copy bra MOVE;
+        .reg .pred p; .reg .u64 policy;
+        setp.ne.u32 p, $7, $1; @p bra DONE;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$2 + 128], $3; @!p bra POLL;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $6;
+        setp.eq.u32 p, $6, 0; @p bra DONE;
         createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$3], [addr], size, [$1], policy;
-        MOVE: cvt.u64.u32 policy, bytes; add.u64 addr, addr, policy; sub.s32 left, left, bytes;
-        setp.gt.s32 p, left, 0; @p bra STORE;
-        mov.u64 addr, second; mov.u64 second, 0; mov.b32 left, all; setp.ne.u64 p, addr, 0; @p bra STORE;
-        ld.shared.v2.b64 {addr, second}, [next]; ld.shared.v4.b32 {all, bytes, next, size}, [next + 16];
-        mov.b32 left, all;
-        STORE: st.shared.v2.b64 [cursor], {addr, second}; st.shared.v4.b32 [cursor + 16], {left, bytes, all, next};
-        @!copy bra DONE;
-        add.u32 cursor, cursor, 32; ld.shared.b32 size, [cursor + 32];
-        setp.ne.u32 copy, $7, $7; setp.ne.u32 p, size, 0; @p bra NEXT;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$4], [$5], $6, [$2], policy;
         DONE: mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,r,r,r",
+        "=r,r,r,r,r,l,r,r",
         [
+            slot * LANES,
             smem + BARRIERS_OFFSET + slot * 8,
             phase,
             smem + RING_OFFSET + slot * capacity,
-            smem + CURSOR_OFFSET + (0 if COPY else 32),
-            owner,
+            addr,
+            tl.minimum(left, slot_bytes),
             thread_index(),
-            1 if COPY else 0,
         ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+    addr += slot_bytes
+    left -= slot_bytes
+    if left <= 0:
+        if second != 0:
+            addr = second
+            second = second * 0
+            left = num_bytes
+        else:
+            stream += 1
+            if stream == num_streams:
+                stream = stream * 0  # those of the next step
+            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
+    return (stream, addr, left, second, num_bytes, slot_bytes)
 
 
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, prefetch_slots, slot, phase, last, last_phase, owner = ring
-    # Requests take turns among the warps. The next one waits for this slot to be empty, hence for the arrival below,
-    # so it sees where this one left the cursor.
-    request_rows(smem, last, last_phase, capacity, owner, True)
+    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -391,13 +397,13 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
+    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    owner = (owner + LANES) % (WARPS * LANES)
-    return (smem, slots, capacity, prefetch_slots, next_slot, next_phase, slot, phase, owner)
+    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
@@ -425,28 +431,18 @@ def write_lane_sums(address_a, address_b, a, b):
 
 @triton.jit
 def read_words(address, wanted):
-    """16 bytes of shared memory as four words; zeros where `wanted` is 0. None: all are wanted."""
-    if wanted is None:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,r",
-            [address],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
-            @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            [address, wanted],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,r,r",
+        [address, wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -466,11 +462,8 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
-                    if start + 256 <= COLS and COLS * SEGMENTS == K:
-                        words = words + read_words(address + (r * K + start) * 2, None)
-                    else:
-                        wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
-                        words = words + read_words(address + (r * K + start) * 2, wanted)
+                    wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
+                    words = words + read_words(address + (r * K + start) * 2, wanted)
             ring = release_slot(ring)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
@@ -844,77 +837,19 @@ def rmsnorm_gated_linear_tile(
 
 
 @triton.jit
-def set_cursor(smem, stream):
-    """Moves the cursor to the start of a stream, which is given by its address in shared memory. One thread does it."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .u64 addr, second; .reg .b32 all, bytes, next, unused;
-        setp.ne.u32 p, $3, 0; @p bra DONE;
-        ld.shared.v2.b64 {addr, second}, [$2]; ld.shared.v4.b32 {all, bytes, next, unused}, [$2 + 16];
-        st.shared.v2.b64 [$1], {addr, second}; st.shared.v4.b32 [$1 + 16], {all, bytes, all, next};
-        st.shared.b32 [$1 + 64], 0;
-        DONE: mov.u32 $0, 0;
-        }""",
-        "=r,r,r,r",
-        [smem + CURSOR_OFFSET, stream, thread_index()],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_rows(smem, prefetch_slots):
-    """Has the L2 cache fetch what follows the cursor, and from now on one slot more with every request."""
-    if prefetch_slots > 0:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b64 a, b;
-            setp.ne.u32 p, $2, 0; @p bra DONE;
-            ld.shared.v2.b64 {a, b}, [$1]; st.shared.v2.b64 [$1 + 32], {a, b};
-            ld.shared.v2.b64 {a, b}, [$1 + 16]; st.shared.v2.b64 [$1 + 48], {a, b};
-            DONE: mov.u32 $0, 0;
-            }""",
-            "=r,r,r",
-            [smem + CURSOR_OFFSET, thread_index()],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        for _ in tl.range(0, prefetch_slots, num_stages=1):
-            request_rows(smem, prefetch_slots * 0, 0, 0, prefetch_slots * 0, False)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.eq.u32 p, $2, 0; @p st.shared.b32 [$1 + 64], 1;
-            mov.u32 $0, 0;
-            }""",
-            "=r,r,r",
-            [smem + CURSOR_OFFSET, thread_index()],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem = ring[0]
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = ring[1] - 1
         if num_slots > reach:  # the cursor has not left them
-            tl.debug_barrier()
-            following = tl.inline_asm_elementwise(
-                "ld.shared.b32 $0, [$1];", "=r,r", [smem + CURSOR_OFFSET + 28], dtype=tl.int32, is_pure=False, pack=1
-            )
-            tl.debug_barrier()
-            set_cursor(smem, following)
-            prefetch_rows(smem, ring[3])
-            tl.debug_barrier()
+            stream = ring[8][0] + 1
+            if stream == ring[3]:
+                stream = stream * 0
+            cursor = read_stream(ring[0], stream)
+            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(smem, ring[4], ring[5])
+            await_slot(ring[0], ring[4], ring[5])
             ring = release_slot(ring)
     return ring
 
@@ -1023,27 +958,24 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
     if RING:
         slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
         capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
-        prefetch_slots = tl.load(control_ptr + CONTROL_PREFETCH_SLOTS).to(tl.int32)
         num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
         for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
             task = first + tl.arange(0, WARPS * LANES)
             task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
             mask = task < num_tasks
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
-            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # the last one: those of the next step
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
-                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $6; cvt.u32.u64 low2, $7;
-                st.shared.v2.b64 [at], {$4, $5}; st.shared.v4.b32 [at + 16], {low, low2, $3, 0};
+                mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
                 DONE: mov.u32 $0, 0;
                 }""",
-                "=r,r,r,r,l,l,l,l",
+                "=r,r,r,l,l,l,l",
                 [
                     smem - STREAM_BYTES,
                     stream,
-                    smem - (following + 1) * STREAM_BYTES,
                     tl.load(task_ptr + TASK_STREAM, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
@@ -1071,13 +1003,13 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         )
         zero = slots * 0
         if num_streams > 0:
-            set_cursor(smem, smem - STREAM_BYTES)
+            cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                request_rows(smem, slot, 1, capacity, zero, True)
-            prefetch_rows(smem, prefetch_slots)
+                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
-        return (smem, slots, capacity, prefetch_slots, zero, zero, slots - 1, zero + 1, zero)
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
+        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
@@ -1086,7 +1018,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, prefetch_slots, slot, phase, last, last_phase, owner = ring
+        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
