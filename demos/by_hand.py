@@ -73,10 +73,10 @@ def build(llama: nn.Module, step: Tensor, tokens: Tensor) -> tri_mpk.PersistentK
             eps=eps,
         )
 
-        # Rotates q and k, appends k and v to the paged cache, attends to all older positions. The ops that this call
-        # adds split the KV length over the workers and merge the parts.
+        # Rotates q and k, appends k and v to the paged cache, attends to all older positions. The KV length is split
+        # over the workers; each leaves a part, which the output projection merges.
         cache_dims = (num_pages, num_kv_heads, PAGE_SIZE, head_dim)
-        heads = mpk.new_tensor((num_q_heads * head_dim,), dtype, name=f"{i}.heads")
+        parts = mpk.new_attention_parts(num_q_heads, num_kv_heads, head_dim, dtype, name=f"{i}.attention")
         mpk.attention_layer(
             input=qkv,
             k_cache=mpk.attach_input(torch.zeros(cache_dims, dtype=dtype, device=device), name=f"{i}.k_cache"),
@@ -84,14 +84,13 @@ def build(llama: nn.Module, step: Tensor, tokens: Tensor) -> tri_mpk.PersistentK
             page_table=page_table,
             cos_pos_embed=cos,
             sin_pos_embed=sin,
-            output=heads,
-            num_q_heads=num_q_heads,
+            output=parts,
         )
 
         # A new tensor for every version of the residual stream: nobody overwrites what a slower worker still reads.
         x_attention = mpk.new_tensor((config.hidden_size,), torch.float32, name=f"{i}.x_attention")
-        mpk.linear_with_residual_layer(
-            input=heads,
+        mpk.attention_output_layer(
+            input=parts,
             weight=mpk.attach_input(attention.o_proj.weight, name=f"{i}.o_proj"),
             residual=x,
             output=x_attention,

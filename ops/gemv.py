@@ -39,12 +39,13 @@ WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
-# empty), sums of squares, row sums, the slots. The worker's streams lie in front of all that, the first one last.
+# empty), sums of squares, row sums (or what attention keeps there), the slots. The worker's streams lie in front of all
+# that, the first one last.
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
 SUMS_OFFSET = tl.constexpr(1024)
 SUMS_BYTES = tl.constexpr(8192)
-RING_OFFSET = tl.constexpr(9216)
+RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
 
 
@@ -58,7 +59,7 @@ def thread_index():
 
 @triton.jit
 def read_stream(smem, stream):
-    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, slot)."""
     start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
         "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
         "=l,=l,=r,=r,r",
@@ -67,7 +68,20 @@ def read_stream(smem, stream):
         is_pure=False,
         pack=1,
     )
-    return stream, start, num_bytes, second, num_bytes, slot_bytes
+    return stream, start, num_bytes, second, slot_bytes
+
+
+@triton.jit
+def stream_word(smem, stream, offset):
+    """Of a stream: its bytes (per matrix) at 16, the stream that follows at 24."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];",
+        "=r,r",
+        [smem - (stream + 1) * STREAM_BYTES + offset],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -82,15 +96,16 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
             mask = task < num_tasks
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
+            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # behind the last one: the next step
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
                 mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
-                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v4.b32 [at + 16], {low, low2, $7, 0};
                 DONE: mov.u32 $0, 0;
                 }""",
-                "=r,r,r,l,l,l,l",
+                "=r,r,r,l,l,l,l,r",
                 [
                     smem - STREAM_BYTES,
                     stream,
@@ -98,6 +113,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
                     tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
+                    following,
                 ],
                 dtype=tl.int32,
                 is_pure=False,
@@ -123,19 +139,19 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         if num_streams > 0:
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
+                cursor = request_rows(smem, slot, 1, capacity, cursor)
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
-            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
-        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
+        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, num_streams, cursor):
+def request_rows(smem, slot, phase, capacity, cursor):
     """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
-    stream, addr, left, second, num_bytes, slot_bytes = cursor
+    stream, addr, left, second, slot_bytes = cursor
     tl.inline_asm_elementwise(
         # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
         """{
@@ -168,13 +184,10 @@ def request_rows(smem, slot, phase, capacity, num_streams, cursor):
         if second != 0:
             addr = second
             second = second * 0
-            left = num_bytes
+            left = stream_word(smem, stream, 16)
         else:
-            stream += 1
-            if stream == num_streams:
-                stream = stream * 0  # those of the next step
-            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
-    return (stream, addr, left, second, num_bytes, slot_bytes)
+            stream, addr, left, second, slot_bytes = read_stream(smem, stream_word(smem, stream, 24))
+    return (stream, addr, left, second, slot_bytes)
 
 
 @triton.jit
@@ -197,7 +210,7 @@ def await_slot(smem, slot, phase):
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+    smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -212,29 +225,27 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
-    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
+    cursor = request_rows(smem, last, last_phase, capacity, cursor)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
+    return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
+        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = ring[1] - 1
+        reach = slots - 1
         if num_slots > reach:  # the cursor has not left them
-            stream = ring[8][0] + 1
-            if stream == ring[3]:
-                stream = stream * 0
-            cursor = read_stream(ring[0], stream)
-            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
+            cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
+            ring = (smem, slots, capacity, slot, phase, last, last_phase, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(ring[0], ring[4], ring[5])
+            await_slot(smem, ring[3], ring[4])
             ring = release_slot(ring)
     return ring
 
@@ -243,7 +254,7 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -417,8 +428,8 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[4], ring[5])
-            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
+            await_slot(ring[0], ring[3], ring[4])
+            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):

@@ -97,7 +97,11 @@ def task_address(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE
     if PORTABLE:
         return queue_ptr + slot * TASK_WORDS
     else:
-        return smem + turn % 2 * DESCRIPTOR_BYTES
+        # Nothing that is read from there may be read before this point, where the fetch is over. Otherwise the compiler
+        # is free to read a word where it is used (`task_word`), so that it holds no register until then.
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, $1;", "=r,r", [smem + turn % 2 * DESCRIPTOR_BYTES], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def task_word(task, word, PORTABLE: tl.constexpr):
         return tl.load(task + word)
     else:
         return tl.inline_asm_elementwise(
-            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=False, pack=1
+            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=True, pack=1
         )
 
 

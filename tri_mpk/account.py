@@ -46,7 +46,7 @@ class Queues:
         self.words[~self.of_op("argmax"), words.TASK_WAIT_COUNT.value] = 0
 
     def without_attention(self) -> None:
-        self.words[self.of_op("attention", "attention_merge"), words.TASK_VARIANT.value] = SKIPPED
+        self.words[self.of_op("attention"), words.TASK_VARIANT.value] = SKIPPED
 
     def without_matrices(self) -> None:
         """Every matrix has no rows: its tasks wait, stage their activations and signal."""

@@ -12,8 +12,8 @@ import torch
 
 from tri_mpk.errors import DeviceError
 from tri_mpk.ops.argmax import ARGMAX
-from tri_mpk.ops.attention import ATTENTION, choose_block_kv, choose_splits, default_scale
-from tri_mpk.ops.attention_merge import ATTENTION_MERGE
+from tri_mpk.ops.attention import ATTENTION, block_kv, choose_splits, default_scale
+from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
@@ -25,6 +25,7 @@ from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+SPLIT_TOKENS = 256  # a split of the KV length is worth another worker's part from here on
 RING_SHARED_BYTES = 200 << 10  # less than this holds no weight rings worth having
 
 
@@ -199,6 +200,25 @@ class PersistentKernel:
         tensors = {"input": input, "weight": weight, "residual": residual, "output": output, "bias": bias}
         self._call(LINEAR_RESIDUAL, label, grid_dim, tensors)
 
+    def new_attention_parts(
+        self,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        name: str,
+        num_splits: int | None = None,
+    ) -> tuple[TensorHandle, TensorHandle]:
+        """What attention leaves for its output layer: parts [S, H, Dh] of S splits of the KV length, and lse [S, H].
+
+        `num_splits` None: as many as the workers need to have one each.
+        """
+        num_splits = num_splits or choose_splits(num_kv_heads, self.num_workers)
+        return (
+            self.new_tensor((num_splits, num_q_heads, head_dim), dtype, name=name),
+            self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{name}.lse"),
+        )
+
     def attention_layer(
         self,
         *,
@@ -208,8 +228,7 @@ class PersistentKernel:
         page_table: TensorHandle,
         cos_pos_embed: TensorHandle,
         sin_pos_embed: TensorHandle,
-        output: TensorHandle,
-        num_q_heads: int,
+        output: tuple[TensorHandle, TensorHandle],
         q_norm: TensorHandle | None = None,
         k_norm: TensorHandle | None = None,
         scale: float | None = None,
@@ -217,29 +236,24 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
     ) -> None:
-        """output [H * Dh] = attention of the new token, whose q, k, v are `input` [(H + 2 Hkv) * Dh].
+        """output (parts, lse) = attention of the new token, whose q, k, v are `input` [(H + 2 Hkv) * Dh].
 
         Caches [num_pages, Hkv, page_size, Dh]; page_table int32 [pages of the sequence]; cos and sin [max_seq_len, Dh]
-        fp32; q_norm and k_norm [Dh] as in Qwen3. `grid_dim` is the number of splits of the KV length per KV head.
+        fp32; q_norm and k_norm [Dh] as in Qwen3. The output, from `new_attention_parts`, is for attention_output_layer.
         """
         _, num_kv_heads, page_size, head_dim = k_cache.dims
+        num_q_heads = _check_parts("attention_layer", "output", output, head_dim)
         if num_q_heads % num_kv_heads:
             raise ValueError(
-                f"num_q_heads={num_q_heads} must be a multiple of the {num_kv_heads} heads of the KV cache"
+                f"attention_layer: output has {num_q_heads} heads, which must be a multiple of the {num_kv_heads} heads"
+                " of the KV cache"
             )
         _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
         _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
-        _check_dims("attention_layer", output, "output", (num_q_heads * head_dim,))
-        block_kv = choose_block_kv(num_kv_heads, self.num_workers, head_dim)
-        if page_size % block_kv:
-            raise ValueError(f"page_size={page_size} must be a multiple of {block_kv}, the rows that are read at once")
-        label = label or f"attention_{len(self.calls)}"
-        num_splits = grid_dim or choose_splits(num_kv_heads, self.num_workers)
-        partial = {
-            "acc": self.new_tensor((num_splits, num_q_heads, head_dim), torch.float32, name=f"{label}.acc"),
-            "row_max": self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{label}.max"),
-            "row_sum": self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{label}.sum"),
-        }
+        if page_size % block_kv(head_dim):
+            raise ValueError(
+                f"page_size={page_size} must be a multiple of {block_kv(head_dim)}, the tokens that are read at once"
+            )
         tensors = {
             "input": input,
             "k_cache": k_cache,
@@ -249,12 +263,38 @@ class PersistentKernel:
             "sin_pos_embed": sin_pos_embed,
             "q_norm": q_norm,
             "k_norm": k_norm,
+            "parts": output[0],
+            "lse": output[1],
         }
         scale = default_scale(head_dim) if scale is None else scale
-        options = {"num_q_heads": num_q_heads, "scale": scale, "block_kv": block_kv, "eps": eps}
-        self._call(ATTENTION, label, None, tensors | partial, **options)
-        merge = partial | {"output": output}
-        self._call(ATTENTION_MERGE, f"{label}_merge", None, merge, block_kv=block_kv)
+        options = {"num_q_heads": num_q_heads, "scale": scale, "split_tokens": SPLIT_TOKENS, "eps": eps}
+        self._call(ATTENTION, label, grid_dim, tensors, **options)
+
+    def attention_output_layer(
+        self,
+        *,
+        input: tuple[TensorHandle, TensorHandle],
+        weight: TensorHandle,
+        residual: TensorHandle,
+        output: TensorHandle,
+        bias: TensorHandle | None = None,
+        grid_dim: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        """output [N] fp32 = residual [N] fp32 + weight [N, H * Dh] @ merged parts [H * Dh] + bias [N]."""
+        num_rows, k = _matrix("attention_output_layer", weight)
+        num_heads = _check_parts("attention_output_layer", "input", input, input[0].dims[-1])
+        if num_heads * input[0].dims[-1] != k:
+            raise ValueError(
+                f"attention_output_layer: weight has {k} columns, but input has {num_heads} heads of"
+                f" {input[0].dims[-1]}; they must agree"
+            )
+        _check_dims("attention_output_layer", residual, "residual", (num_rows,))
+        _check_dims("attention_output_layer", output, "output", (num_rows,))
+        if bias:
+            _check_dims("attention_output_layer", bias, "bias", (num_rows,))
+        tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
+        self._call(ATTENTION_OUTPUT, label, grid_dim, tensors | {"bias": bias}, split_tokens=SPLIT_TOKENS)
 
     def lm_head_layer(
         self,
@@ -384,3 +424,13 @@ def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
 def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
     if tensor.dims != dims:
         raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")
+
+
+def _check_parts(layer: str, argument: str, parts: tuple[TensorHandle, TensorHandle], head_dim: int) -> int:
+    """The number of heads of what `new_attention_parts` returned."""
+    if not isinstance(parts, tuple) or len(parts) != 2 or len(parts[0].dims) != 3:
+        raise ValueError(f"{layer}: {argument} must be what new_attention_parts returned, (parts, lse); got {parts}")
+    num_splits, num_heads, _ = parts[0].dims
+    _check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim))
+    _check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
+    return num_heads

@@ -2,13 +2,12 @@
 
 variant 0: embedding(V=1024, D=256, BLOCK_D=256)
 variant 1: rmsnorm_linear(D=256, EPS=1e-06, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BLOCK_H=16, BLOCK_DH=64, BLOCK_KV=64)
-variant 3: attention_merge(H=4, DH=64, NUM_SPLITS=66, BLOCK_DH=64, BLOCK_KV=64)
-variant 4: linear_residual(K=256, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 5: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
-variant 6: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 7: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
-variant 8: argmax(NUM_PARTS=132, BLOCK=256)
+variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=256, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BY_WARPS=True, BLOCK_H=8, BLOCK_DH=64, BLOCK_KV=32)
+variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=256, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 4: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
+variant 5: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 6: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
+variant 7: argmax(NUM_PARTS=132, BLOCK=256)
 """
 
 import triton
@@ -23,12 +22,13 @@ MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that lo
 MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were chosen in this launch
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
 STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
+STATE_BYTES = tl.constexpr(16384)
 WARPS = tl.constexpr(16)
 LANES = tl.constexpr(32)
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
 SUMS_OFFSET = tl.constexpr(1024)
-RING_OFFSET = tl.constexpr(9216)
+RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
 TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
 TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
@@ -67,7 +67,7 @@ def task_word(task, word, PORTABLE: tl.constexpr):
         return tl.load(task + word)
     else:
         return tl.inline_asm_elementwise(
-            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=False, pack=1
+            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=True, pack=1
         )
 
 
@@ -321,8 +321,21 @@ def thread_index():
 
 
 @triton.jit
+def stream_word(smem, stream, offset):
+    """Of a stream: its bytes (per matrix) at 16, the stream that follows at 24."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];",
+        "=r,r",
+        [smem - (stream + 1) * STREAM_BYTES + offset],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def read_stream(smem, stream):
-    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, sizes)."""
+    """The cursor at the start of the worker's stream number `stream`: (stream, address, bytes left, second, slot)."""
     start, second, num_bytes, slot_bytes = tl.inline_asm_elementwise(
         "ld.shared.v2.b64 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4 + 16];",
         "=l,=l,=r,=r,r",
@@ -331,13 +344,13 @@ def read_stream(smem, stream):
         is_pure=False,
         pack=1,
     )
-    return stream, start, num_bytes, second, num_bytes, slot_bytes
+    return stream, start, num_bytes, second, slot_bytes
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, num_streams, cursor):
+def request_rows(smem, slot, phase, capacity, cursor):
     """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
-    stream, addr, left, second, num_bytes, slot_bytes = cursor
+    stream, addr, left, second, slot_bytes = cursor
     tl.inline_asm_elementwise(
         # One thread: lane 0 of the warp whose number the slot has, so that they take turns.
         """{
@@ -370,19 +383,16 @@ def request_rows(smem, slot, phase, capacity, num_streams, cursor):
         if second != 0:
             addr = second
             second = second * 0
-            left = num_bytes
+            left = stream_word(smem, stream, 16)
         else:
-            stream += 1
-            if stream == num_streams:
-                stream = stream * 0  # those of the next step
-            stream, addr, left, second, num_bytes, slot_bytes = read_stream(smem, stream)
-    return (stream, addr, left, second, num_bytes, slot_bytes)
+            stream, addr, left, second, slot_bytes = read_stream(smem, stream_word(smem, stream, 24))
+    return (stream, addr, left, second, slot_bytes)
 
 
 @triton.jit
 def release_slot(ring):
     """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+    smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -397,13 +407,13 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
-    cursor = request_rows(smem, last, last_phase, capacity, num_streams, cursor)
+    cursor = request_rows(smem, last, last_phase, capacity, cursor)
     next_slot = slot + 1
     next_phase = phase
     if next_slot == slots:
         next_slot = slots * 0
         next_phase = phase ^ 1
-    return (smem, slots, capacity, num_streams, next_slot, next_phase, slot, phase, cursor)
+    return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
 
 
 @triton.jit
@@ -457,8 +467,8 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[4], ring[5])
-            address = ring[0] + RING_OFFSET + ring[4] * ring[2] + offset
+            await_slot(ring[0], ring[3], ring[4])
+            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
@@ -583,22 +593,48 @@ def rmsnorm_linear_tile(
 
 
 @triton.jit
-def load_block(
-    cache_ptr, page_table_ptr, kv_head, block, last, step,
-    HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Keys or values [NUM_BLOCKS * BLOCK_KV, BLOCK_DH] of older tokens, from a block on; zeros from `last` on."""
-    d = tl.arange(0, BLOCK_DH)[None, :]
-    position = block * BLOCK_KV + tl.arange(0, NUM_BLOCKS * BLOCK_KV)
-    wanted = (position < step) & (position < last * BLOCK_KV)
-    if NUM_BLOCKS == 1:  # within one page
-        page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
-        row = (page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE + tl.arange(0, BLOCK_KV)
-    else:
-        page = tl.load(page_table_ptr + position // PAGE_SIZE, mask=wanted, other=0).to(tl.int64)
-        row = (page * HKV + kv_head) * PAGE_SIZE + position % PAGE_SIZE
-    return tl.load(cache_ptr + row[:, None] * DH + d, mask=wanted[:, None] & (d < DH), other=0.0)
+def active_splits(step, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr):
+    """How many of the splits have tokens, when there are `step` older ones."""
+    return tl.minimum(tl.maximum((step + SPLIT_TOKENS - 1) // SPLIT_TOKENS, 1), NUM_SPLITS)
+
+
+@triton.jit
+def lane_place():
+    """[WARPS, LANES]: warp, lane // 4 and lane % 4, the g and j by which the tensor cores lay out matrices."""
+    zero = tl.zeros([WARPS, LANES], tl.int32)
+    warp = tl.arange(0, WARPS)[:, None] + zero
+    lane = tl.arange(0, LANES)[None, :] + zero
+    return warp, lane // 4, lane % 4
+
+
+@triton.jit
+def load_keys(cache_ptr, row, num_rows, DH: tl.constexpr, TILES: tl.constexpr):
+    """Words of TILES * 16 keys from row `row` of the cache on, as `attend` wants them; zeros from `num_rows` on.
+
+    Lane (g, j) has columns 32 c + 8 j to 32 c + 8 j + 7 of the tokens 8 n + g.
+    """
+    warp, g, j = lane_place()
+    ptr = cache_ptr + (row + g) * DH + 8 * j
+    words = ()
+    for n in tl.static_range(2 * TILES):
+        for c in tl.static_range((DH + 31) // 32):
+            wanted = (8 * n + g < num_rows) & (32 * c + 8 * j < DH)
+            words = words + load_words(ptr + (8 * n * DH + 32 * c), wanted.to(tl.int32))
+    return words
+
+
+@triton.jit
+def load_values(cache_ptr, row, num_rows, DH: tl.constexpr, TILES: tl.constexpr):
+    """The same of values: lane (g, j) has columns 64 c + 8 g to 64 c + 8 g + 7 of the tokens 8 n + 2 j, + 1."""
+    warp, g, j = lane_place()
+    ptr = cache_ptr + (row + 2 * j) * DH + 8 * g
+    words = ()
+    for n in tl.static_range(2 * TILES):
+        for odd in tl.static_range(2):
+            for c in tl.static_range((DH + 63) // 64):
+                wanted = (8 * n + 2 * j + odd < num_rows) & (64 * c + 8 * g < DH)
+                words = words + load_words(ptr + ((8 * n + odd) * DH + 64 * c), wanted.to(tl.int32))
+    return words
 
 
 @triton.jit
@@ -630,170 +666,588 @@ def rotate_head(
 
 
 @triton.jit
-def attend(q, k, v, position0, step, m, l, acc):
-    """One step of the online softmax: keys and values of the tokens from `position0` on."""
-    position = position0 + tl.arange(0, k.shape[0])
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = tl.where((position < step)[None, :], scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, axis=1))
-    p = tl.exp2(scores - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, l, acc
+def write_half(address, x):
+    """A 16-bit number to shared memory."""
+    tl.inline_asm_elementwise(
+        "{ .reg .b16 x; cvt.u16.u32 x, $2; st.shared.b16 [$1], x; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [address, x.to(tl.int16, bitcast=True).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
-def attention_tile(
+def max_over_tokens(x):
+    """Of the eight lanes with one lane % 4."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 other;
+        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; max.f32 $0, $1, other;
+        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; max.f32 $0, $0, other;
+        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; max.f32 $0, $0, other;
+        }""",
+        "=&f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def soften(scores, m, l):
+    """A step of the online softmax of two heads: (new maxima, new sums, what scales older values, exponentials)."""
+    new_m = ()
+    new_l = ()
+    alpha = ()
+    for e in tl.static_range(2):
+        top = scores[e]
+        for i in tl.static_range(2 + e, len(scores), 2):
+            top = tl.maximum(top, scores[i])
+        top = tl.maximum(m[e], max_over_tokens(top))
+        new_m = new_m + (top,)
+        alpha = alpha + (tl.exp2(m[e] - top),)
+    p = ()
+    for i in tl.static_range(len(scores)):
+        p = p + (tl.exp2(scores[i] - new_m[i % 2]),)
+    for e in tl.static_range(2):
+        sum = l[e] * alpha[e]
+        for i in tl.static_range(e, len(scores), 2):
+            sum += p[i]
+        new_l = new_l + (sum,)
+    return new_m, new_l, alpha, p
+
+
+@triton.jit
+def read_pair(address):
+    """8 bytes of shared memory as two words."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v2.b32 {$0, $1}, [$2];",
+        "=r,=r,r",
+        [address],
+        dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def multiply_add(c, a, b, DTYPE: tl.constexpr):
+    """[16, 16] @ [16, 8] of a warp, added to c (four numbers a lane; a are four words, b two)."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def score(q_at, keys, num_rows, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """k q. Lane (g, j) has, per 16 tokens, those of token g with heads 2 j and 2 j + 1 and of token g + 8 with both.
+
+    -inf from token `num_rows` on. `q_at`: lane (g, j)'s part of head g in shared memory, as `load_keys` has one.
+    """
+    CHUNKS: tl.constexpr = (DH + 31) // 32
+    warp, g, j = lane_place()
+    zero = tl.zeros([WARPS, LANES], tl.float32)
+    scores = ()
+    for _ in tl.static_range(4 * TILES):
+        scores = scores + (zero,)
+    for i in tl.static_range(2 * CHUNKS):
+        q = read_pair(q_at + (i // 2 * 32 + i % 2 * 4) * 2)
+        sums = ()
+        for t in tl.static_range(TILES):
+            k = keys[8 * t * CHUNKS + 2 * i :: 4 * CHUNKS]
+            k_next = keys[8 * t * CHUNKS + 2 * i + 1 :: 4 * CHUNKS]
+            sums = sums + multiply_add(scores[4 * t : 4 * t + 4], (k[0], k[1], k_next[0], k_next[1]), q, DTYPE)
+        scores = sums
+    masked = ()
+    for i in tl.static_range(4 * TILES):
+        masked = masked + (tl.where(8 * (i // 2) + g < num_rows, scores[i], float("-inf")),)
+    return masked
+
+
+@triton.jit
+def transpose(word):
+    """[8, 8] 16-bit numbers of a warp, two a lane."""
+    return tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def low_halves(a, b):
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def high_halves(a, b):
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def pack_halves(low, high, DTYPE: tl.constexpr):
+    """Two fp32 numbers as one word of two 16-bit ones."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def accumulate(acc, alpha, p, values, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """acc * alpha + v p. Lane (g, j) has, in fours, the columns 64 c + 8 g + 2 w and + 1 of the heads 2 j and + 1."""
+    CHUNKS: tl.constexpr = (DH + 63) // 64
+    WORDS: tl.constexpr = 4 * CHUNKS  # of one token
+    weights = ()
+    for t in tl.static_range(TILES):
+        weights = weights + (
+            transpose(pack_halves(p[4 * t], p[4 * t + 1], DTYPE)),
+            transpose(pack_halves(p[4 * t + 2], p[4 * t + 3], DTYPE)),
+        )
+    result = ()
+    for w in tl.static_range(WORDS):
+        c = (
+            acc[4 * w] * alpha[0],
+            acc[4 * w + 1] * alpha[1],
+            acc[4 * w + 2] * alpha[0],
+            acc[4 * w + 3] * alpha[1],
+        )
+        for t in tl.static_range(TILES):
+            v = values[4 * t * WORDS + w :: WORDS]  # of the tokens 2 j, + 1, + 8, + 9
+            a = (low_halves(v[0], v[1]), high_halves(v[0], v[1]), low_halves(v[2], v[3]), high_halves(v[2], v[3]))
+            c = multiply_add(c, a, weights[2 * t : 2 * t + 2], DTYPE)
+        result = result + c
+    return result
+
+
+@triton.jit
+def attend(q_at, keys, values, num_rows, m, l, acc, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """A warp's heads attend to TILES * 16 tokens, of which `num_rows` exist."""
+    m, l, alpha, p = soften(score(q_at, keys, num_rows, DH, TILES, DTYPE), m, l)
+    return m, l, accumulate(acc, alpha, p, values, DH, TILES, DTYPE)
+
+
+@triton.jit
+def write_floats(address, a, b, c, d, wanted):
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.s32 p, $6, 0; @p st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;
+        }""",
+        "=r,r,f,f,f,f,r",
+        [address, a, b, c, d, wanted],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def sum_over_tokens(x):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 other;
+        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; add.f32 $0, $1, other;
+        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; add.f32 $0, $0, other;
+        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; add.f32 $0, $0, other;
+        }""",
+        "=&f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def merge_warps(
+    smem, m, l, acc, parts_ptr, lse_ptr, head0,
+    GROUP: tl.constexpr, DH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The part of a split and its lse from what each warp has, HEADS heads at a time."""
+    PADDED: tl.constexpr = (DH + 63) // 64 * 64
+    warp, g, j = lane_place()
+    state = smem + SUMS_OFFSET
+    sums = state + STATE_BYTES  # (maximum, sum) [WARPS, 8]
+    write_floats(
+        sums + (warp * 8 + 2 * j) * 8, m[0], sum_over_tokens(l[0]), m[1], sum_over_tokens(l[1]), (g == 0).to(tl.int32)
+    )
+    o = tl.arange(0, BLOCK)
+    h = o // PADDED
+    d = o % PADDED
+    for first in tl.static_range(0, GROUP, HEADS):
+        tl.debug_barrier()
+        for e in tl.static_range(2):
+            head = 2 * j + e - first
+            wanted = ((head >= 0) & (head < HEADS)).to(tl.int32)
+            at = state + ((warp * HEADS + head) * PADDED + 8 * g) * 4
+            for c in tl.static_range(PADDED // 64):
+                x = acc[16 * c + e :: 2]  # the columns 64 c + 8 g on
+                write_floats(at + 256 * c, x[0], x[1], x[2], x[3], wanted)
+                write_floats(at + 256 * c + 16, x[4], x[5], x[6], x[7], wanted)
+        tl.debug_barrier()
+        top = tl.full([BLOCK], -1e30, tl.float32)
+        for w in tl.static_range(WARPS):
+            top = tl.maximum(top, read_float(sums + (w * 8 + first + h) * 8))
+        total = tl.zeros([BLOCK], tl.float32)
+        out = tl.zeros([BLOCK], tl.float32)
+        for w in tl.static_range(WARPS):
+            at = sums + (w * 8 + first + h) * 8
+            weight = tl.exp2(read_float(at) - top)
+            total += weight * read_float(at + 4)
+            out += weight * read_float(state + ((w * HEADS + h) * PADDED + d) * 4)
+        mask = (first + h < GROUP) & (d < DH)
+        tl.store(parts_ptr + (head0 + first + h) * DH + d, (out / total).to(parts_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + head0 + first + h, top + tl.log2(total), mask=mask & (d == 0))
+
+
+@triton.jit
+def attend_by_warps(
+    task, event_ptr, control_ptr, epoch, step, smem,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row, page_table_ptr,
+    k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = H // HKV
+    PADDED: tl.constexpr = (DH + 63) // 64 * 64
+    TILES: tl.constexpr = BLOCK_KV // 16
+    DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
+    warp, g, j = lane_place()
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    h = tl.arange(0, BLOCK_H)[:, None]
+    is_first = split == 0
+    num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
+    first = split * num_blocks // num_splits
+    last = tl.where(split < num_splits, (split + 1) * num_blocks // num_splits, first)
+    # nobody writes older rows of the cache in this step: the first blocks are on their way while we wait
+    block = first + warp
+    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+    row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
+    num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
+    keys = load_keys(k_cache_ptr, row, num_rows, DH, TILES)
+    values = load_values(v_cache_ptr, row, num_rows, DH, TILES)
+    new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    if split < num_splits:
+        # all loads before the first use of one: they are under way together
+        q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
+        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_first.to(tl.int32), 1, DH, BLOCK_DH)
+        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=(d < DH) & is_first, other=0.0)
+        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q *= SCALE * 1.4426950408889634  # log2(e)
+        q_at = smem + SUMS_OFFSET
+        write_half(q_at + (h * PADDED + d) * 2, q.to(DTYPE))
+        k_at = q_at + 4096
+        v_at = q_at + 8192
+        if is_first:  # the new token
+            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
+            v_new = v_new.to(DTYPE)
+            new_row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
+            tl.store(k_cache_ptr + new_row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + new_row + d, v_new, mask=d < DH)
+            write_half(k_at + d * 2, k_new)
+            write_half(v_at + d * 2, v_new)
+        tl.debug_barrier()
+        q_at += (g * PADDED + 8 * j) * 2
+        zero = tl.zeros([WARPS, LANES], tl.float32)
+        m = (zero - 1e30, zero - 1e30)  # finite: the difference of two must be a number
+        l = (zero, zero)
+        acc = ()
+        for _ in tl.static_range(PADDED // 4):
+            acc = acc + (zero,)
+        m, l, acc = attend(q_at, keys, values, num_rows, m, l, acc, DH, TILES, DTYPE)
+        for _ in tl.range(1, (last - first + WARPS - 1) // WARPS, num_stages=1):
+            block += WARPS
+            page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+            row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
+            num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
+            scores = score(q_at, load_keys(k_cache_ptr, row, num_rows, DH, TILES), num_rows, DH, TILES, DTYPE)
+            m, l, alpha, p = soften(scores, m, l)
+            # There are sixteen warps, and not registers enough for keys and values at once: values only when the keys
+            # are used. The maximum is always above that, but the compiler does not know.
+            num_rows = tl.where(m[0] > -2e30, num_rows, 0)
+            values = load_values(v_cache_ptr, row, num_rows, DH, TILES)
+            acc = accumulate(acc, alpha, p, values, DH, TILES, DTYPE)
+        if is_first:  # the new token: token 0 of a block of the first warp's
+            new_keys = ()
+            new_values = ()
+            for n in tl.static_range(2):
+                for c in tl.static_range((DH + 31) // 32):
+                    wanted = (g == 0) & (n == 0)
+                    new_keys = new_keys + read_words(k_at + (32 * c + 8 * j) * 2, wanted.to(tl.int32))
+                for odd in tl.static_range(2):
+                    for c in tl.static_range(PADDED // 64):
+                        wanted = (j == 0) & (n + odd == 0) & (64 * c + 8 * g < DH)
+                        new_values = new_values + read_words(v_at + (64 * c + 8 * g) * 2, wanted.to(tl.int32))
+            m, l, acc = attend(q_at, new_keys, new_values, tl.where(warp == 0, 1, 0), m, l, acc, DH, 1, DTYPE)
+        HEADS: tl.constexpr = 256 // PADDED
+        merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256)
+
+
+@triton.jit
+def load_block(
+    cache_ptr, page_table_ptr, kv_head, block, last, step,
+    HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [BLOCK_KV, BLOCK_DH] of older tokens; zeros from `last` on."""
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    position = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0).to(tl.int64)
+    row = (page * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE + tl.arange(0, BLOCK_KV)
+    wanted = (position < step) & (block < last)
+    return tl.load(cache_ptr + row[:, None] * DH + d, mask=wanted[:, None] & (d < DH), other=0.0)
+
+
+@triton.jit
+def attend_by_blocks(
     task, event_ptr, control_ptr, epoch, step,
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,  # in
-    k_cache_ptr, v_cache_ptr,  # in and out
-    acc_ptr, max_ptr, sum_ptr,  # out
-    kv_head, split,
-    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row, page_table_ptr,
+    k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
-    d_mask = d < DH
+    is_first = split == 0
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
-    first = split * num_blocks // NUM_SPLITS
-    last = (split + 1) * num_blocks // NUM_SPLITS
-    is_last = split == NUM_SPLITS - 1
-    cos_row = tl.load(cos_ptr + step * DH + d, mask=d_mask, other=0.0)
-    sin_row = tl.load(sin_ptr + step * DH + d, mask=d_mask, other=0.0)
-    # nobody writes older rows of the cache in this step: the first small block is on its way while we wait
-    SMALL_PER_LARGE: tl.constexpr = 2
-    first_small = last - (last - first) % SMALL_PER_LARGE
-    k = load_block(
-        k_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
-    )
-    v = load_block(
-        v_cache_ptr, page_table_ptr, kv_head, first_small, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1
-    )
+    first = split * num_blocks // num_splits
+    last = (split + 1) * num_blocks // num_splits
     new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    if is_last | (first < last):
-        # all loads before the first use of one: they are under way together
+    if split < num_splits:
         q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
-        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_last.to(tl.int32), 1, DH, BLOCK_DH)
-        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d_mask & is_last, other=0.0)
         q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
         q *= SCALE * 1.4426950408889634  # log2(e)
-        m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        m = tl.full([BLOCK_H], -1e30, tl.float32)
         l = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_DH], tl.float32)
-        if is_last:  # the new token
+        if is_first:  # the new token
+            k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, 1, 1, DH, BLOCK_DH)
+            v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d < DH, other=0.0)
             k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
             row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            tl.store(k_cache_ptr + row + d, k_new, mask=d_mask)
-            tl.store(v_cache_ptr + row + d, v_new, mask=d_mask)
+            tl.store(k_cache_ptr + row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + row + d, v_new, mask=d < DH)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)
             l += 1.0
             acc += v_new.to(tl.float32)
         q = q.to(k_cache_ptr.dtype.element_ty)
-        # long contexts: many tokens under way at once
-        for block in tl.range(first, first_small, SMALL_PER_LARGE, num_stages=1):
-            k_large = load_block(
-                k_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
-                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
-            )  # fmt: skip
-            v_large = load_block(
-                v_cache_ptr, page_table_ptr, kv_head, block, first_small, step,
-                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, SMALL_PER_LARGE,
-            )  # fmt: skip
-            m, l, acc = attend(q, k_large, v_large, block * BLOCK_KV, step, m, l, acc)
-        for block in tl.range(first_small, last, num_stages=1):
-            m, l, acc = attend(q, k, v, block * BLOCK_KV, step, m, l, acc)
+        for block in tl.range(first, last, num_stages=1):
             k = load_block(
-                k_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
-                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
-            )  # fmt: skip
+                k_cache_ptr, page_table_ptr, kv_head, block, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
+            )
             v = load_block(
-                v_cache_ptr, page_table_ptr, kv_head, block + 1, last, step,
-                HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV, 1,
-            )  # fmt: skip
+                v_cache_ptr, page_table_ptr, kv_head, block, last, step, HKV, DH, PAGE_SIZE, BLOCK_DH, BLOCK_KV
+            )
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = tl.where((block * BLOCK_KV + tl.arange(0, BLOCK_KV) < step)[None, :], scores, float("-inf"))
+            m_new = tl.maximum(m, tl.max(scores, axis=1))
+            p = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            l = l * alpha + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m = m_new
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
-        tl.store(acc_ptr + head[:, None] * DH + d, acc, mask=(h < GROUP)[:, None] & d_mask)
-        tl.store(max_ptr + head, m, mask=h < GROUP)
-        tl.store(sum_ptr + head, l, mask=h < GROUP)
-    signal(task, event_ptr, PORTABLE)
-
-
-# ---- ops/attention_merge.py ----
+        part = (acc / l[:, None]).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + head[:, None] * DH + d, part, mask=(h < GROUP)[:, None] & (d < DH))
+        tl.store(lse_ptr + head, m + tl.log2(l), mask=h < GROUP)
 
 
 @triton.jit
-def attention_merge_tile(
-    task, event_ptr, control_ptr, epoch, step,
-    acc_ptr, max_ptr, sum_ptr, out_ptr,  # in, in, in, out
-    head,
-    H: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
+def attention_tile(
+    task, event_ptr, control_ptr, epoch, step, ring,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,  # in
+    k_cache_ptr, v_cache_ptr,  # in and out
+    parts_ptr, lse_ptr,  # out
+    kv_head, split,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, BY_WARPS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_DH)
-    num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    top = float("-inf")
-    total = 0.0
-    out = tl.zeros([BLOCK_DH], tl.float32)
-    # Sixteen splits at a time, all their loads on the way together, nothing summed up across threads. The last sixteen
-    # come first: the last split of all always has a token, so that `top` is a number from then on.
-    for group in tl.static_range((NUM_SPLITS + 15) // 16):
-        m = ()
-        l = ()
-        acc = ()
-        for i in tl.static_range(16 if NUM_SPLITS - group * 16 >= 16 else NUM_SPLITS - group * 16):
-            split = NUM_SPLITS - 1 - group * 16 - i
-            has_tokens = split * num_blocks // NUM_SPLITS < (split + 1) * num_blocks // NUM_SPLITS
-            has_tokens = has_tokens | (group + i == 0)
-            row = split * H + head
-            m = m + (tl.load(max_ptr + row, mask=has_tokens, other=float("-inf")),)
-            l = l + (tl.load(sum_ptr + row, mask=has_tokens, other=0.0),)
-            acc = acc + (tl.load(acc_ptr + row * DH + d, mask=has_tokens & (d < DH), other=0.0),)
-        new_top = top
-        for i in tl.static_range(len(m)):
-            new_top = tl.maximum(new_top, m[i])
-        scale = tl.exp2(top - new_top)
-        total *= scale
-        out *= scale
-        for i in tl.static_range(len(m)):
-            weight = tl.exp2(m[i] - new_top)
-            total += l[i] * weight
-            out += acc[i] * weight
-        top = new_top
-    out /= total
-    tl.store(out_ptr + head * DH + d, out.to(out_ptr.dtype.element_ty), mask=d < DH)
+    d = tl.arange(0, BLOCK_DH)[None, :]
+    num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
+    cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
+    sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
+    if BY_WARPS:
+        attend_by_warps(
+            task, event_ptr, control_ptr, epoch, step, ring[0], qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row,
+            page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
+            H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
+        )  # fmt: skip
+    else:
+        attend_by_blocks(
+            task, event_ptr, control_ptr, epoch, step, qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row,
+            page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
+            H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
+        )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
+    return ring
 
 
-# ---- ops/linear_residual.py ----
+# ---- ops/attention_output.py ----
 
 
 @triton.jit
-def linear_residual_tile(
-    task, event_ptr, control_ptr, epoch, ring,
-    x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
+def merge_splits(
+    x, top, total, parts_ptr, lse_ptr, first_split, num_splits,
+    K: tl.constexpr, DH: tl.constexpr, SLOT_ROWS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """COUNT more splits for a thread's part of the vector; per 256 columns: 8 sums, the largest lse, the weights' sum.
+
+    All loads are under way together.
+    """
+    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+    COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
+    row, segment, first = thread_place(K, SLOT_ROWS)
+    lse = ()
+    parts = ()
+    for i in tl.static_range((COLS + 255) // 256):
+        col = segment * COLS + 256 * i + first
+        for s in tl.static_range(COUNT):
+            wanted = (256 * i + first < COLS) & (col < K) & (first_split + s < num_splits)
+            at = first_split + s
+            lse = lse + (tl.load(lse_ptr + at * (K // DH) + col // DH, mask=wanted, other=float("-inf")),)
+            parts = parts + load_eight(parts_ptr + at * K + col, wanted.to(tl.int32))
+    new_x = ()
+    new_top = ()
+    new_total = ()
+    for i in tl.static_range((COLS + 255) // 256):
+        highest = top[i]
+        for s in tl.static_range(COUNT):
+            highest = tl.maximum(highest, lse[i * COUNT + s])
+        scale = tl.exp2(top[i] - highest)
+        weights = ()
+        sum = total[i] * scale
+        for s in tl.static_range(COUNT):
+            weight = tl.exp2(lse[i * COUNT + s] - highest)
+            weights = weights + (weight,)
+            sum += weight
+        for e in tl.static_range(8):
+            value = x[8 * i + e] * scale
+            for s in tl.static_range(COUNT):
+                value += weights[s] * parts[(i * COUNT + s) * 8 + e]
+            new_x = new_x + (value,)
+        new_top = new_top + (highest,)
+        new_total = new_total + (sum,)
+    return new_x, new_top, new_total
+
+
+@triton.jit
+def load_merged(
+    parts_ptr, lse_ptr, num_splits, K: tl.constexpr, DH: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr
+):
+    """A thread's part of the merged vector [K] in fp32 registers, as `load_segment` loads one."""
+    if RING:
+        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
+        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
+        row, segment, first = thread_place(K, SLOT_ROWS)
+        zero = tl.zeros(row.shape, tl.float32)
+        x = ()
+        top = ()
+        total = ()
+        for _ in tl.static_range((COLS + 255) // 256):
+            top = top + (zero - 1e30,)  # finite: the difference of two must be a number
+            total = total + (zero,)
+            for _ in tl.static_range(8):
+                x = x + (zero,)
+        if num_splits <= 2:
+            x, top, total = merge_splits(x, top, total, parts_ptr, lse_ptr, 0, num_splits, K, DH, SLOT_ROWS, 2)
+        else:
+            for split in tl.range(0, num_splits, 4, num_stages=1):
+                x, top, total = merge_splits(x, top, total, parts_ptr, lse_ptr, split, num_splits, K, DH, SLOT_ROWS, 4)
+        merged = ()
+        for i in tl.static_range((COLS + 255) // 256):
+            inverse = 1.0 / tl.maximum(total[i], 1e-30)  # nothing but zeros where there is no column
+            for e in tl.static_range(8):
+                merged = merged + (x[8 * i + e] * inverse,)
+        return merged
+    else:
+        return ()
+
+
+@triton.jit
+def merged_columns(parts_ptr, lse_ptr, num_splits, cols, K: tl.constexpr, DH: tl.constexpr):
+    """The merged vector at these columns; zeros from K on."""
+    top = tl.zeros(cols.shape, tl.float32) - 1e30
+    total = tl.zeros(cols.shape, tl.float32)
+    x = tl.zeros(cols.shape, tl.float32)
+    for split in tl.range(0, num_splits, num_stages=1):
+        lse = tl.load(lse_ptr + split * (K // DH) + cols // DH, mask=cols < K, other=0.0)
+        part = tl.load(parts_ptr + split * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+        highest = tl.maximum(top, lse)
+        scale = tl.exp2(top - highest)
+        weight = tl.exp2(lse - highest)
+        x = x * scale + part * weight
+        total = total * scale + weight
+        top = highest
+    return x / total
+
+
+@triton.jit
+def attention_output_tile(
+    task, event_ptr, control_ptr, epoch, step, ring,
+    parts_ptr, lse_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, in, out
     row0, num_rows,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
+    num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = load_segment(x_ptr, K, SLOT_ROWS, RING)
+    x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
-        base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
+        y = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
         if HAS_BIAS:
-            base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        ring, y = dot_rows(
-            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
-        )
-        tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
+            y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+        if RING:
+            ring, product = dot_rows(
+                ring, x, lse_ptr, lse_ptr, weight_addr, block, num_rows,
+                K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            first = tl.cast(block, tl.int64) * BLOCK_N
+            weight_ptr = (weight_addr + first * (K * WEIGHT.primitive_bitwidth // 8)).to(tl.pointer_type(WEIGHT))
+            product = tl.zeros([BLOCK_N], tl.float32)
+            for col in tl.range(0, K, BLOCK_K, num_stages=1):
+                cols = col + tl.arange(0, BLOCK_K)
+                mask = (row < num_rows)[:, None] & (cols < K)[None, :]
+                w = tl.load(weight_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+                merged = merged_columns(parts_ptr, lse_ptr, num_splits, cols, K, DH)
+                product += tl.sum(w * merged[None, :], axis=1)
+        tl.store(y_ptr + row0 + row, y + product, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
     return ring
 
@@ -833,6 +1287,33 @@ def rmsnorm_gated_linear_tile(
     return ring
 
 
+# ---- ops/linear_residual.py ----
+
+
+@triton.jit
+def linear_residual_tile(
+    task, event_ptr, control_ptr, epoch, ring,
+    x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
+    row0, num_rows,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_N)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    x = load_segment(x_ptr, K, SLOT_ROWS, RING)
+    for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+        row = block * BLOCK_N + rows
+        base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
+        if HAS_BIAS:
+            base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
+        ring, y = dot_rows(
+            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+        )
+        tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
+    return ring
+
+
 # ---- ops/gemv.py ----
 
 
@@ -840,16 +1321,14 @@ def rmsnorm_gated_linear_tile(
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
+        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = ring[1] - 1
+        reach = slots - 1
         if num_slots > reach:  # the cursor has not left them
-            stream = ring[8][0] + 1
-            if stream == ring[3]:
-                stream = stream * 0
-            cursor = read_stream(ring[0], stream)
-            ring = (ring[0], ring[1], ring[2], ring[3], ring[4], ring[5], ring[6], ring[7], cursor)
+            cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
+            ring = (smem, slots, capacity, slot, phase, last, last_phase, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(ring[0], ring[4], ring[5])
+            await_slot(smem, ring[3], ring[4])
             ring = release_slot(ring)
     return ring
 
@@ -964,15 +1443,16 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             task_ptr = queue_ptr + task.to(tl.int64) * TASK_WORDS
             mask = task < num_tasks
             stream = tl.load(task_ptr + TASK_STREAM_INDEX, mask=mask, other=-1).to(tl.int32)
+            following = tl.where(stream + 1 == num_streams, 0, stream + 1)  # behind the last one: the next step
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred p; .reg .u32 at; .reg .b32 low, low2;
                 setp.lt.s32 p, $2, 0; @p bra DONE;
                 mad.lo.s32 at, $2, -32, $1; cvt.u32.u64 low, $5; cvt.u32.u64 low2, $6;
-                st.shared.v2.b64 [at], {$3, $4}; st.shared.v2.b32 [at + 16], {low, low2};
+                st.shared.v2.b64 [at], {$3, $4}; st.shared.v4.b32 [at + 16], {low, low2, $7, 0};
                 DONE: mov.u32 $0, 0;
                 }""",
-                "=r,r,r,l,l,l,l",
+                "=r,r,r,l,l,l,l,r",
                 [
                     smem - STREAM_BYTES,
                     stream,
@@ -980,6 +1460,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
                     tl.load(task_ptr + TASK_STREAM + 1, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 2, mask=mask, other=0),
                     tl.load(task_ptr + TASK_STREAM + 3, mask=mask, other=0),
+                    following,
                 ],
                 dtype=tl.int32,
                 is_pure=False,
@@ -1005,11 +1486,11 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         if num_streams > 0:
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                cursor = request_rows(smem, slot, 1, capacity, num_streams, cursor)
+                cursor = request_rows(smem, slot, 1, capacity, cursor)
         else:
             slots = zero + 1  # nothing is on its way, and nothing ever will be
-            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero, zero)
-        return (smem, slots, capacity, num_streams, zero, zero, slots - 1, zero + 1, cursor)
+            cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
+        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, cursor)
     else:
         return 0
 
@@ -1018,7 +1499,7 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, num_streams, slot, phase, last, last_phase, cursor = ring
+        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
         for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -1081,7 +1562,11 @@ def task_address(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE
     if PORTABLE:
         return queue_ptr + slot * TASK_WORDS
     else:
-        return smem + turn % 2 * DESCRIPTOR_BYTES
+        # Nothing that is read from there may be read before this point, where the fetch is over. Otherwise the compiler
+        # is free to read a word where it is used (`task_word`), so that it holds no register until then.
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, $1;", "=r,r", [smem + turn % 2 * DESCRIPTOR_BYTES], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -1159,12 +1644,13 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_K=BLOCK_K,
                 )
             elif variant == 2:  # attention
-                attention_tile(
+                ring = attention_tile(
                     task,
                     event_ptr,
                     control_ptr,
                     epoch,
                     step,
+                    ring,
                     qkv_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
                     q_gain_ptr=pointer_field(task, 11, tl.bfloat16, PORTABLE),
                     k_gain_ptr=pointer_field(task, 12, tl.bfloat16, PORTABLE),
@@ -1173,58 +1659,45 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     page_table_ptr=pointer_field(task, 15, tl.int32, PORTABLE),
                     k_cache_ptr=pointer_field(task, 16, tl.bfloat16, PORTABLE),
                     v_cache_ptr=pointer_field(task, 17, tl.bfloat16, PORTABLE),
-                    acc_ptr=pointer_field(task, 18, tl.float32, PORTABLE),
-                    max_ptr=pointer_field(task, 19, tl.float32, PORTABLE),
-                    sum_ptr=pointer_field(task, 20, tl.float32, PORTABLE),
-                    kv_head=int_field(task, 21, PORTABLE),
-                    split=int_field(task, 22, PORTABLE),
+                    parts_ptr=pointer_field(task, 18, tl.bfloat16, PORTABLE),
+                    lse_ptr=pointer_field(task, 19, tl.float32, PORTABLE),
+                    kv_head=int_field(task, 20, PORTABLE),
+                    split=int_field(task, 21, PORTABLE),
                     H=4,
                     HKV=2,
                     DH=64,
                     NUM_SPLITS=66,
+                    SPLIT_TOKENS=256,
                     PAGE_SIZE=128,
                     SCALE=0.125,
                     NORM=True,
                     EPS=1e-06,
-                    BLOCK_H=16,
+                    BY_WARPS=True,
+                    BLOCK_H=8,
                     BLOCK_DH=64,
-                    BLOCK_KV=64,
+                    BLOCK_KV=32,
                     PORTABLE=PORTABLE,
                 )
-            elif variant == 3:  # attention_merge
-                attention_merge_tile(
+            elif variant == 3:  # attention_output
+                ring = attention_output_tile(
                     task,
                     event_ptr,
                     control_ptr,
                     epoch,
                     step,
-                    acc_ptr=pointer_field(task, 10, tl.float32, PORTABLE),
-                    max_ptr=pointer_field(task, 11, tl.float32, PORTABLE),
-                    sum_ptr=pointer_field(task, 12, tl.float32, PORTABLE),
-                    out_ptr=pointer_field(task, 13, tl.bfloat16, PORTABLE),
-                    head=int_field(task, 14, PORTABLE),
-                    H=4,
+                    ring,
+                    parts_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
+                    lse_ptr=pointer_field(task, 11, tl.float32, PORTABLE),
+                    weight_addr=task_word(task, 12, PORTABLE),
+                    bias_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
+                    residual_ptr=pointer_field(task, 14, tl.float32, PORTABLE),
+                    y_ptr=pointer_field(task, 15, tl.float32, PORTABLE),
+                    row0=int_field(task, 16, PORTABLE),
+                    num_rows=int_field(task, 17, PORTABLE),
+                    K=256,
                     DH=64,
                     NUM_SPLITS=66,
-                    BLOCK_DH=64,
-                    BLOCK_KV=64,
-                    PORTABLE=PORTABLE,
-                )
-            elif variant == 4:  # linear_residual
-                ring = linear_residual_tile(
-                    task,
-                    event_ptr,
-                    control_ptr,
-                    epoch,
-                    ring,
-                    x_ptr=pointer_field(task, 10, tl.bfloat16, PORTABLE),
-                    weight_addr=task_word(task, 11, PORTABLE),
-                    bias_ptr=pointer_field(task, 12, tl.bfloat16, PORTABLE),
-                    residual_ptr=pointer_field(task, 13, tl.float32, PORTABLE),
-                    y_ptr=pointer_field(task, 14, tl.float32, PORTABLE),
-                    row0=int_field(task, 15, PORTABLE),
-                    num_rows=int_field(task, 16, PORTABLE),
-                    K=256,
+                    SPLIT_TOKENS=256,
                     HAS_BIAS=False,
                     SLOT_ROWS=16,
                     BLOCK_N=512,
@@ -1233,7 +1706,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
-            elif variant == 5:  # rmsnorm_gated_linear
+            elif variant == 4:  # rmsnorm_gated_linear
                 ring = rmsnorm_gated_linear_tile(
                     task,
                     event_ptr,
@@ -1256,7 +1729,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
-            elif variant == 6:  # linear_residual
+            elif variant == 5:  # linear_residual
                 ring = linear_residual_tile(
                     task,
                     event_ptr,
@@ -1279,7 +1752,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
-            elif variant == 7:  # lm_head
+            elif variant == 6:  # lm_head
                 ring = lm_head_tile(
                     task,
                     event_ptr,
@@ -1305,7 +1778,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
-            elif variant == 8:  # argmax
+            elif variant == 7:  # argmax
                 argmax_tile(
                     task,
                     event_ptr,

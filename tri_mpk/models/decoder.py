@@ -134,7 +134,9 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             mpk.attach_input(torch.zeros(cache_dims, dtype=dtype, device=device), name=f"{name}.{kind}_cache")
             for kind in "kv"
         )
-        attention = mpk.new_tensor((q_size,), dtype, name=f"{name}.attention")
+        parts = mpk.new_attention_parts(
+            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, dtype, name=f"{name}.attention"
+        )
         mpk.attention_layer(
             input=qkv,
             k_cache=k_cache,
@@ -142,8 +144,7 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             page_table=page_table,
             cos_pos_embed=cos,
             sin_pos_embed=sin,
-            output=attention,
-            num_q_heads=shape.num_q_heads,
+            output=parts,
             q_norm=mpk.attach_input(at.q_norm.weight, name=f"{name}.q_norm") if shape.qk_norm else None,
             k_norm=mpk.attach_input(at.k_norm.weight, name=f"{name}.k_norm") if shape.qk_norm else None,
             scale=at.scaling,
@@ -151,8 +152,8 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             label=f"{name} attention",
         )
         x_attention = mpk.new_tensor((shape.hidden_size,), torch.float32, name=f"{name}.x_attention")
-        mpk.linear_with_residual_layer(
-            input=attention,
+        mpk.attention_output_layer(
+            input=parts,
             weight=mpk.attach_input(at.o_proj.weight, name=f"{name}.o_proj"),
             bias=attach_optional(at.o_proj.bias, f"{name}.o_bias"),
             residual=x,
