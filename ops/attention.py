@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import LANES, SUMS_OFFSET, WARPS, load_words, read_float, read_words
+from tri_mpk.ops.gemv import LANES, SUMS_OFFSET, WARPS, load_word, load_words, read_float, read_words
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
@@ -392,7 +392,7 @@ def attend_by_warps(
     last = tl.where(split < num_splits, (split + 1) * num_blocks // num_splits, first)
     # nobody writes older rows of the cache in this step: the first blocks are on their way while we wait
     block = first + warp
-    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+    page = load_word(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, (block < last).to(tl.int32))
     row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
     num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
     keys = load_keys(k_cache_ptr, row, num_rows, DH, TILES)
@@ -429,7 +429,7 @@ def attend_by_warps(
         m, l, acc = attend(q_at, keys, values, num_rows, m, l, acc, DH, TILES, DTYPE)
         for _ in tl.range(1, (last - first + WARPS - 1) // WARPS, num_stages=1):
             block += WARPS
-            page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+            page = load_word(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, (block < last).to(tl.int32))
             row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
             num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
             scores = score(q_at, load_keys(k_cache_ptr, row, num_rows, DH, TILES), num_rows, DH, TILES, DTYPE)

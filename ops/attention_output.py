@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
-from tri_mpk.ops.gemv import block_rows, dot_rows, load_eight, slot_rows, thread_place
+from tri_mpk.ops.gemv import block_rows, dot_rows, load_eight, load_word, slot_rows, thread_place
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
@@ -43,7 +43,8 @@ def merge_splits(
         for s in tl.static_range(COUNT):
             wanted = (256 * i + first < COLS) & (col < K) & (first_split + s < num_splits)
             at = first_split + s
-            lse = lse + (tl.load(lse_ptr + at * (K // DH) + col // DH, mask=wanted, other=float("-inf")),)
+            word = load_word(lse_ptr + at * (K // DH) + col // DH, wanted.to(tl.int32))
+            lse = lse + (tl.where(wanted, word.to(tl.float32, bitcast=True), float("-inf")),)
             parts = parts + load_eight(parts_ptr + at * K + col, wanted.to(tl.int32))
     new_x = ()
     new_top = ()

@@ -299,6 +299,23 @@ def load_words(ptr, wanted):
 
 
 @triton.jit
+def load_word(ptr, wanted):
+    """4 bytes of global memory; zero where `wanted` is 0.
+
+    Not tl.load, for which the compiler may choose another order of threads than [WARPS, LANES], for all that depends on
+    it. Nothing of the work by warps would be right then.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+        "=&r,l,r",
+        [ptr.to(tl.int64), wanted],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def read_float(address):
     return tl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1
