@@ -35,6 +35,7 @@ class CausalLM:
         num_workers: int | None = None,
         wait_bound_s: float = 10.0,
         progress: bool = True,
+        profile: bool = False,
     ):
         self.config: PreTrainedConfig = model.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -45,7 +46,9 @@ class CausalLM:
         self.shape: DecoderShape = describe(model.config, max_seq_len)
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
-        self.kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s)
+        self.kernel = PersistentKernel(
+            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s, profile=profile
+        )
         build(self.kernel, self.shape, model, PAGE_SIZE, progress)
         self._lock = threading.Lock()  # one launch at a time
 
