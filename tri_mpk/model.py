@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
+
+if TYPE_CHECKING:
+    from tri_mpk.profiler import Profile
 
 PAGE_SIZE = 128
 
@@ -137,6 +141,16 @@ class CausalLM:
         return CausalLMOutputWithPast(logits=result)
 
     forward = __call__
+
+    def profile(self) -> Profile:
+        """What the last launch did, task by task: of its last steps, 32 at most. Needs a model with profile=True.
+
+        Raises: ValueError without profile=True, or before the first launch.
+        """
+        from tri_mpk.profiler import read_profile
+
+        with self._lock:
+            return read_profile(self.kernel)
 
     def eval(self) -> CausalLM:
         return self
