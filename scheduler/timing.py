@@ -109,20 +109,30 @@ def write_record(record_ptr, first, second, third, fourth, PORTABLE: tl.constexp
 
 
 @triton.jit
-def begin_step(control_ptr, first_task, worker, step, PORTABLE: tl.constexpr):
-    """Where this worker's records of a step lie. The first one says when the step began."""
-    place = step % tl.load(control_ptr + CONTROL_RECORDED_STEPS).to(tl.int32)
-    record = place * tl.load(control_ptr + CONTROL_STEP_RECORDS) + first_task + worker * WORKER_RECORDS
-    records_ptr = control_ptr + CONTROL_RECORDS + record * RECORD_WORDS
-    now = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)
-    write_record(records_ptr, now, now, now, now, PORTABLE)
-    return records_ptr
+def record_address(control_ptr, record):
+    return control_ptr + CONTROL_RECORDS + record.to(tl.int64) * RECORD_WORDS
 
 
 @triton.jit
-def begin_record(task, records_ptr, slot, control_ptr, PORTABLE: tl.constexpr):
+def first_record(first_task, worker):
+    """The number of a worker's first record within a step, from that of its first task in the queue."""
+    return first_task.to(tl.int32) + worker * WORKER_RECORDS
+
+
+@triton.jit
+def begin_step(control_ptr, worker_record, step, PORTABLE: tl.constexpr):
+    """The number of this worker's first record of a step, which says when the step began."""
+    place = step % tl.load(control_ptr + CONTROL_RECORDED_STEPS).to(tl.int32)
+    record = place * tl.load(control_ptr + CONTROL_STEP_RECORDS).to(tl.int32) + worker_record
+    now = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)
+    write_record(record_address(control_ptr, record), now, now, now, now, PORTABLE)
+    return record
+
+
+@triton.jit
+def begin_record(task, record, control_ptr, PORTABLE: tl.constexpr):
     """Tells `timed_signal` where the record of this task goes."""
-    set_task_word(task, TASK_RECORD, (records_ptr + (slot + 1) * RECORD_WORDS).to(tl.int64), PORTABLE)
+    set_task_word(task, TASK_RECORD, record_address(control_ptr, record).to(tl.int64), PORTABLE)
     if PORTABLE:
         set_task_word(task, TASK_CLOCK, (control_ptr + CONTROL_CLOCK).to(tl.int64), PORTABLE)
 
@@ -150,7 +160,7 @@ def timed_signal(task, event_ptr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def end_record(records_ptr, num_tasks, waits, control_ptr, PORTABLE: tl.constexpr):
+def end_step(control_ptr, record, waits, PORTABLE: tl.constexpr):
     """The record of the wait for the step event, which is over."""
     now = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)
-    write_record(records_ptr + (num_tasks + 1) * RECORD_WORDS, waits, now, now, now, PORTABLE)
+    write_record(record_address(control_ptr, record), waits, now, now, now, PORTABLE)

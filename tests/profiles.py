@@ -1,10 +1,10 @@
-"""Profiles of launches that never happened, at the speed of plain Python."""
+"""What holds for every profile, and profiles of launches that never happened, at the speed of plain Python."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tri_mpk.profiler import Profile
+from tri_mpk.profiler import BEGIN, END, RUN, SIGNAL, STEP_WAIT, Profile
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT
 
@@ -42,3 +42,21 @@ def simulated_records(program: Program, steps: int, seed: int = 0) -> np.ndarray
         records[step, first[1:] - 1] = np.stack([now, end, end, end], axis=-1)
         now = end
     return records
+
+
+def assert_sound(profile: Profile) -> None:
+    """What is true of every launch on every machine."""
+    graph, events = profile.program.graph, profile.program.events
+    assert profile.times.shape == (len(profile.steps), len(graph.tasks), 5)
+    assert (profile.times >= 0).all() and (np.diff(profile.times, axis=-1) >= 0).all()
+    assert (np.diff(profile.step_times, axis=-1) >= 0).all()
+    for times, step_times in zip(profile.times, profile.step_times, strict=True):
+        for worker, queue in enumerate(profile.program.schedule.queues):
+            inside = times[queue].reshape(-1)  # fetch follows the task before, the first one the step's beginning
+            assert (np.diff([step_times[worker, BEGIN], *inside, step_times[worker, STEP_WAIT]]) >= 0).all()
+        for event in events.events:
+            signalled = times[event.producers, SIGNAL].max()
+            assert (times[event.consumers, RUN] >= signalled).all()
+        last = times[events.events[STEP_EVENT].producers, SIGNAL].max()
+        assert (step_times[:, END] >= last).all()
+    assert (profile.step_times[1:, :, BEGIN] >= profile.step_times[:-1, :, END]).all()

@@ -202,8 +202,9 @@ def test_profile_on_a_cpu(tmp_path: Path):
 def test_profile_takes_as_many_steps_as_are_recorded():
     from tri_mpk.runtime import RECORDED_STEPS
 
-    (steps,) = (p for p in typer.main.get_command(app).commands["profile"].params if p.name == "steps")
-    assert (steps.type.min, steps.type.max) == (1, RECORDED_STEPS)
+    for steps, limit in ((0, "equal to 1\n"), (RECORDED_STEPS + 1, f"equal to {RECORDED_STEPS}\n")):
+        result = invoke("profile", TINY, "--steps", str(steps))
+        assert result.exit_code == 2 and result.stderr.endswith(limit)
 
 
 class FakeModel:

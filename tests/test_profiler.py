@@ -9,34 +9,16 @@ import pytest
 import torch
 
 from decoders import prompt, tiny_pair
-from profiles import HOP_NS, simulated_profile, simulated_records
+from profiles import HOP_NS, assert_sound, simulated_profile, simulated_records
 from tri_mpk import CausalLM, MegakernelTimeout
 from tri_mpk.geometries import geometry
 from tri_mpk.inspect import plan_config
 from tri_mpk.ops.argmax import STOP_INTERVAL
-from tri_mpk.profiler import BEGIN, DONE, END, FETCH, PHASES, RUN, SIGNAL, STEP_WAIT, WAIT, Profile, read_profile
+from tri_mpk.profiler import DONE, FETCH, PHASES, RUN, SIGNAL, WAIT, Profile, read_profile
 from tri_mpk.runtime import RECORDED_STEPS
 from tri_mpk.scheduler import STEP_EVENT
 
 PROMPT = prompt(2)
-
-
-def assert_sound(profile: Profile) -> None:
-    """What is true of every launch on every machine."""
-    graph, events = profile.program.graph, profile.program.events
-    assert profile.times.shape == (len(profile.steps), len(graph.tasks), 5)
-    assert (profile.times >= 0).all() and (np.diff(profile.times, axis=-1) >= 0).all()
-    assert (np.diff(profile.step_times, axis=-1) >= 0).all()
-    for times, step_times in zip(profile.times, profile.step_times, strict=True):
-        for worker, queue in enumerate(profile.program.schedule.queues):
-            inside = times[queue].reshape(-1)  # fetch follows the task before, the first one the step's beginning
-            assert (np.diff([step_times[worker, BEGIN], *inside, step_times[worker, STEP_WAIT]]) >= 0).all()
-        for event in events.events:
-            signalled = times[event.producers, SIGNAL].max()
-            assert (times[event.consumers, RUN] >= signalled).all()
-        last = times[events.events[STEP_EVENT].producers, SIGNAL].max()
-        assert (step_times[:, END] >= last).all()
-    assert (profile.step_times[1:, :, BEGIN] >= profile.step_times[:-1, :, END]).all()
 
 
 # ---- launches on a CPU ----

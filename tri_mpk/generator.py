@@ -39,7 +39,7 @@ USED = (
     "pointer_field", "int_field",
 )  # fmt: skip
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
-USED_BY_PROFILE = ("begin_step", "begin_record", "read_clock", "end_record")
+USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": "timed_wait", "signal": "timed_signal"}
 
 
@@ -133,15 +133,16 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     await_fetch(smem, PORTABLE)
     running = num_tasks > 0
     step = tl.load(control_ptr + CONTROL_FIRST_STEP).to(tl.int32)  # counted from here on: argmax writes step_ptr
+    worker_record = first_record(first_task, worker)  # profile
     while running:
-        records_ptr = begin_step(control_ptr, first_task, worker, step, PORTABLE)  # profile
+        record = begin_step(control_ptr, worker_record, step, PORTABLE)  # profile
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
             next_slot = tl.where(slot + 1 == num_tasks, 0, slot + 1)
             fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
             turn ^= 1
-            begin_record(task, records_ptr, slot, control_ptr, PORTABLE)  # profile
+            begin_record(task, record + slot + 1, control_ptr, PORTABLE)  # profile
             variant = int_field(task, TASK_VARIANT, PORTABLE)
 '''
 STEP_END = """\
@@ -152,7 +153,7 @@ STEP_END = """\
         # the step event
         step_waits = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)  # profile
         wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
-        end_record(records_ptr, num_tasks, step_waits, control_ptr, PORTABLE)  # profile
+        end_step(control_ptr, record + num_tasks + 1, step_waits, PORTABLE)  # profile
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1
         step += 1

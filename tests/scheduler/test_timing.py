@@ -16,7 +16,7 @@ from tri_mpk.scheduler.timing import begin_record, timed_signal, timed_wait
 
 @triton.jit
 def timed_task(task, event_ptr, control_ptr, data_ptr, epoch, PORTABLE: tl.constexpr):
-    begin_record(task, control_ptr + 64, 0, control_ptr, PORTABLE)
+    begin_record(task, epoch, control_ptr, PORTABLE)
     timed_wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     cells = data_ptr + tl.arange(0, 1024)
     tl.store(cells, tl.load(cells) + 1)
