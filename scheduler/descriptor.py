@@ -84,7 +84,7 @@ def pack(
         stream = 0
         for i in range(record, end):
             words[i, TASK_STREAM_INDEX.value] = WORD_MASK | num_streams << 32
-            words[i, TASK_VARIANT.value] = -1
+            words[i, TASK_VARIANT.value] = words[i, TASK_SIGNALS.value : TASK_SIGNALS.value + 2] = -1
             if not queue:
                 continue
             task_idx = queue[i - record]

@@ -40,6 +40,10 @@ CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
+CONTROL_RECORDED_STEPS = tl.constexpr(60)  # a profiled kernel keeps records of so many steps, the last ones
+CONTROL_STEP_RECORDS = tl.constexpr(61)  # records of one step: see timing.py
+CONTROL_CLOCK = tl.constexpr(62)  # the interpreter's clock
+CONTROL_RECORDS = tl.constexpr(64)  # the end of the control block; a profiled kernel's records follow
 
 # Our part of shared memory begins with the descriptors of the present task and of the next one.
 DESCRIPTOR_BYTES = tl.constexpr(256)

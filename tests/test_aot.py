@@ -30,7 +30,7 @@ from tri_mpk.inspect import H100_NUM_WORKERS, plan_config
 from tri_mpk.program import SharedMemoryPlan
 config = geometry(sys.argv[1])
 config.num_hidden_layers = 2
-program = plan_config(config, torch.bfloat16, 8192, H100_NUM_WORKERS)
+program = plan_config(config, torch.bfloat16, 8192, H100_NUM_WORKERS, profile=sys.argv[2:] == ["profile"])
 kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
 print(json.dumps(resources(kernel) | dataclasses.asdict(plan)))
@@ -64,11 +64,12 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | variables
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_real_kernels_fit_hopper(name: str):
-    result = subprocess.run(
-        [sys.executable, "-c", FITS, name], capture_output=True, text=True, env=clean_environment(), timeout=280
-    )
+@pytest.mark.parametrize(
+    "arguments", [*([name] for name in GEOMETRIES), ["Llama-3.2-1B", "profile"], ["Qwen3-8B", "profile"]], ids=" ".join
+)
+def test_real_kernels_fit_hopper(arguments: list[str]):
+    command = [sys.executable, "-c", FITS, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["bulk_copies"] > 0, "weights would come by plain loads"

@@ -18,7 +18,7 @@ from tri_mpk.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "demos/tiny")
-COMMANDS = ["generate", "chat", "inspect", "compile", "bench"]
+COMMANDS = ["generate", "chat", "inspect", "compile", "bench", "profile"]
 
 
 def invoke(*arguments: str, **options: object):
@@ -68,7 +68,7 @@ def test_every_parameter_of_from_pretrained_has_a_flag(command: str):
 
     flags = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}
     for name, parameter in inspect.signature(from_pretrained).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "profile":  # a command of its own
             assert f"--{name.replace('_', '-')}" in flags
 
 
@@ -119,6 +119,9 @@ def test_dot(tmp_path: Path):
         (["generate", "./missing", "text"], ["./missing"]),
         (["generate", str(ROOT), "text"], ["no config.json"]),
         (["chat", TINY], ["no chat template", "tri-mpk generate"]),
+        (["profile"], ["either MODEL or --geometry"]),
+        (["profile", "--geometry", "Qwen3-0.6B", "--device", "cpu"], ["too large for a CPU", "tri-mpk profile MODEL"]),
+        (["profile", TINY, "--context", "510"], ["514 tokens", "512 positions"]),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], words: list[str]):
@@ -173,6 +176,35 @@ def test_generate_on_a_cpu():
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stdout.rstrip("\n") == answer["text"]
     assert "per second" not in streamed.stderr
+
+
+def test_profile_on_a_cpu(tmp_path: Path):
+    """A table or JSON on standard output; the trace and, with matplotlib, the picture where they were asked for."""
+    pytest.importorskip("matplotlib")
+    trace, picture = tmp_path / "trace.json", tmp_path / "step.svg"
+    options = ["--device", "cpu", "--num-workers", "2", "--context", "5", "--steps", "2", "--no-progress"]
+    result = run("profile", TINY, *options, "--out", str(trace), "--picture", str(picture))
+    assert result.returncode == 0, result.stderr
+    for text in ("context 5, 2 workers, 2 steps", "gate_up", "critical", "readings per step", "hops that take"):
+        assert text in result.stdout
+    assert result.stderr.splitlines() == [
+        f"tri-mpk: wrote {trace}; open it at https://ui.perfetto.dev", f"tri-mpk: wrote {picture}"
+    ]  # fmt: skip
+    assert json.loads(trace.read_text())["traceEvents"] and picture.read_text().startswith("<?xml")
+
+    result = run("profile", TINY, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["steps"], facts["first_step"], facts["num_workers"], facts["unit"]) == (2, 3, 2, "readings")
+    assert {"qkv", "attention", "gate_up", "lm_head", "argmax"} <= {op["op"] for op in facts["ops"]}
+
+
+def test_profile_takes_as_many_steps_as_are_recorded():
+    from tri_mpk.runtime import RECORDED_STEPS
+
+    for steps, limit in ((0, "equal to 1\n"), (RECORDED_STEPS + 1, f"equal to {RECORDED_STEPS}\n")):
+        result = invoke("profile", TINY, "--steps", str(steps))
+        assert result.exit_code == 2 and result.stderr.endswith(limit)
 
 
 class FakeModel:

@@ -28,9 +28,11 @@ META = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def program(family: str = "llama", max_seq_len: int = 256, num_workers: int = 8, **changes: object) -> Program:
+def program(
+    family: str = "llama", max_seq_len: int = 256, num_workers: int = 8, profile: bool = False, **changes: object
+) -> Program:
     model = empty_model(tiny_config(family, **changes), torch.bfloat16).to(META)
-    return CausalLM(model, META, max_seq_len, num_workers, progress=False).kernel.plan()
+    return CausalLM(model, META, max_seq_len, num_workers, progress=False, profile=profile).kernel.plan()
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,47 @@ def test_cache_folder(monkeypatch, tmp_path):
 def test_golden_file():
     """If you meant to change the generated code: `python tests/golden/regenerate.py`, and read the diff."""
     assert GOLDEN.read_text() == small_source()
+
+
+# ---- time stamps ----
+
+
+def test_without_profile_nothing_knows_of_stamps(source):
+    for word in ("profile", "timing", "timed", "clock", "record", "CONTROL_RECORDS", "globaltimer;"):
+        assert word not in re.sub(r"mov\.u64 \w+, %globaltimer;", "", source), word
+
+
+def test_with_profile_every_wait_and_signal_is_timed():
+    timed = ast.parse(program(profile=True).source)
+    plain = ast.parse(program().source)
+
+    def calls(tree: ast.Module) -> dict[str, list[str]]:
+        """What the functions of ops/ call, in order."""
+        ours = {f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_tile")}
+        return {
+            f.name: [n.func.id for n in ast.walk(f) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+            for f in tree.body
+            if isinstance(f, ast.FunctionDef) and f.name in ours
+        }
+
+    names = {"wait": "timed_wait", "signal": "timed_signal"}
+    expected = {tile: [names.get(name, name) for name in called] for tile, called in calls(plain).items()}
+    assert calls(timed) == expected
+    assert all({"timed_wait", "timed_signal"} <= set(called) for called in expected.values()) and len(expected) == 8
+
+
+def test_with_profile_the_file_is_as_readable(tmp_path):
+    path = tmp_path / "megakernel.py"
+    path.write_text(program(profile=True).source)
+    command = [sys.executable, "-m", "ruff"]
+    options = ["--isolated", "--line-length", "120", str(path)]
+    for task in (["check", "--select", "E4,E7,E9,F,I", "--ignore", "E741"], ["format", "--check"]):
+        result = subprocess.run([*command, *task, *options], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_with_profile_layers_share_a_kernel_too():
+    assert program(profile=True, num_hidden_layers=3).source == program(profile=True).source
 
 
 # ---- PTX, compiled ahead of time for sm_90 ----

@@ -36,7 +36,6 @@ def attach(mpk: PersistentKernel, *dims: int, dtype: torch.dtype = torch.float32
     [
         (NotImplementedError, "world_size=2", {"world_size": 2}),
         (NotImplementedError, "rank=1", {"rank": 1}),
-        (NotImplementedError, "profiler_tensor", {"profiler_tensor": torch.zeros(1)}),
         (ValueError, "got 0 tensors", {"meta_tensors": []}),
         (ValueError, "got 1 tensors", {"meta_tensors": meta_tensors()[:1]}),
         (ValueError, "step must be an int32", {"meta_tensors": [torch.zeros(1), meta_tensors()[1]]}),

@@ -37,8 +37,9 @@ from tri_mpk.geometries import GEOMETRIES, geometry, weight_bytes
 from tri_mpk.loading import check_memory, from_model, random_model, resolve_device, resolve_dtype
 from tri_mpk.model import PAGE_SIZE, CausalLM
 from tri_mpk.models import describe
+from tri_mpk.profiler import Profile
 from tri_mpk.reference import reference_logits
-from tri_mpk.runtime import LaunchRequest
+from tri_mpk.runtime import RECORDED_STEPS, LaunchRequest
 
 DEFAULT_CONTEXTS = (64, 512, 4096)
 CHECKED_CONTEXTS = (512, 4096)  # where a row's logits are compared with the reference
@@ -57,8 +58,8 @@ def fill_cache(model: CausalLM, seed: int = SEED) -> None:
             tensor.data.normal_(0.0, 1.0, generator=generator)
 
 
-def decode_at(model: CausalLM, context: int, num_tokens: int) -> float:
-    """ms per token of one launch that chooses `num_tokens` tokens while the KV length passes `context` half-way."""
+def launch_at(model: CausalLM, context: int, num_tokens: int, progress: bool = False) -> None:
+    """One launch that chooses `num_tokens` tokens while the KV length passes `context` half-way."""
     first = max(1, context - num_tokens // 2)
     if first + num_tokens > model.max_seq_len:
         raise ValueError(
@@ -67,8 +68,14 @@ def decode_at(model: CausalLM, context: int, num_tokens: int) -> float:
     model.compile()
     model.kernel.step.data.fill_(first - 1)
     request = LaunchRequest(num_known=first, last_step=first + num_tokens - 2, logits_from=0)
-    tokens = sum(1 for _ in model.kernel.launch(request))
-    assert tokens == num_tokens, (tokens, num_tokens)
+    tokens = tqdm(model.kernel.launch(request), "decoding", num_tokens, leave=False, disable=not progress)
+    chosen = sum(1 for _ in tokens)
+    assert chosen == num_tokens, (chosen, num_tokens)
+
+
+def decode_at(model: CausalLM, context: int, num_tokens: int) -> float:
+    """ms per token of one such launch."""
+    launch_at(model, context, num_tokens)
     return model.kernel.runtime.last_launch_ms / num_tokens
 
 
@@ -79,6 +86,21 @@ def measure(
     for _ in range(warmup):
         decode_at(model, context, num_tokens)
     return quantiles([decode_at(model, context, num_tokens) for _ in range(launches)])
+
+
+def profile_at(model: CausalLM, context: int, num_steps: int, progress: bool = False) -> Profile:
+    """The profile of one launch of so many steps, with random keys and values, after others that do not count.
+
+    Raises ValueError for a model without profile=True, or for more steps than are recorded.
+    """
+    if not 1 <= num_steps <= RECORDED_STEPS:
+        raise ValueError(f"num_steps={num_steps}: a profile holds 1 to {RECORDED_STEPS} steps")
+    fill_cache(model)
+    if model.device.type == "cuda":
+        for _ in range(WARMUP):
+            launch_at(model, context, num_steps)
+    launch_at(model, context, num_steps, progress)
+    return model.profile()
 
 
 def median_ms(model: CausalLM, context: int, num_tokens: int, launches: int) -> float:

@@ -1,4 +1,4 @@
-"""`tri-mpk`: generate, chat, inspect, compile and bench from a shell.
+"""`tri-mpk`: generate, chat, inspect, compile, bench and profile from a shell.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed while running, 2 bad
 input or unsupported model or device, 130 interrupted. torch and transformers are imported inside the commands.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
     from tri_mpk.model import CausalLM
+    from tri_mpk.profiler import Profile
     from tri_mpk.program import Program
 
 
@@ -457,6 +458,144 @@ def bench(
     print_table(columns, result["rows"])
     if account:
         print_table({"context": "context", "change": "change", "ms_p50": "ms_p50"}, result["account"])
+
+
+# ---- profile ----
+
+
+@app.command()
+def profile(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder or name on the hub.")] = None,
+    geometry: GeometryOption = None,
+    context: Annotated[int, typer.Option(min=1, help="Sequence length to decode at.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, max=32, help="Steps to record.")] = 4,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev: .json or .json.gz.")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the step of median length: .svg, .png or .pdf.")
+    ] = None,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    num_workers: NumWorkersOption = None,
+    wait_bound_s: WaitBoundOption = 10.0,
+    revision: RevisionOption = None,
+    cache_dir: CacheDirOption = None,
+    local_files_only: OfflineOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Record when every task of some decode steps was fetched, waited, ran and signalled.
+
+    Keys and values are random, and so are the weights of a geometry: time depends on shapes. On a CPU the clock
+    counts its own readings, which tells order, not duration.
+
+    The table is per step. fetch, wait, run, signal: mean over all workers; they add up to the step. critical: what the
+    op takes of the longest chain of tasks and hops. GB/s: of the task's bytes while it runs, for all workers together;
+    attention counts a full cache.
+
+    \b
+    Examples:
+      tri-mpk profile --geometry Llama-3.2-1B --context 512 --out trace.json.gz --picture step.svg
+      tri-mpk profile demos/tiny --device cpu --context 16 --steps 2
+    """
+    from tri_mpk.benchmark import profile_at
+
+    if picture:
+        from tri_mpk.picture import check_matplotlib
+
+        check_matplotlib()
+    hub = hub_options(revision, cache_dir, local_files_only)
+    lm = profiled_model(
+        model, geometry, hub, context + steps, dtype=dtype, device=device, num_workers=num_workers,
+        wait_bound_s=wait_bound_s, progress=progress,
+    )  # fmt: skip
+    with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
+        lm.compile()
+    result = profile_at(lm, context, steps, progress)
+    name = geometry or model
+    if as_json:
+        print(json.dumps({"model": name, "context": context, **result.summary(), "ops": ops_of(result)}))
+    else:
+        dtype_name = str(lm.dtype).removeprefix("torch.")
+        print(f"{name}: {dtype_name}, context {context}, {lm.kernel.num_workers} workers, {steps} steps")
+        print_profile(result)
+    if out:
+        with spinner(f"writing {out}", progress):
+            result.to_perfetto(out)
+        note(f"tri-mpk: wrote {out}; open it at https://ui.perfetto.dev")
+    if picture:
+        with spinner(f"drawing {picture}", progress):
+            result.picture(picture)
+        note(f"tri-mpk: wrote {picture}")
+
+
+def profiled_model(
+    name: str | None,
+    geometry: str | None,
+    hub: dict[str, object],
+    length: int,
+    *,
+    device: str | None,
+    progress: bool,
+    **options: object,
+) -> CausalLM:
+    """A checkpoint, or a geometry with random weights, for sequences of `length` tokens, with profile=True."""
+    from transformers.utils import logging
+
+    import tri_mpk
+    from tri_mpk.aot import check_compiler
+    from tri_mpk.errors import DeviceError
+    from tri_mpk.geometries import geometry as named_geometry
+    from tri_mpk.inspect import load_config
+    from tri_mpk.loading import resolve_device
+    from tri_mpk.model import PAGE_SIZE
+
+    check_compiler()
+    if (name is None) == (geometry is None):
+        raise ValueError("give either MODEL or --geometry NAME")
+    config: PreTrainedConfig = named_geometry(geometry) if geometry else load_config(name, **hub)
+    limit = config.max_position_embeddings
+    if length > limit:
+        raise ValueError(f"--context and --steps make {length} tokens, but {name or geometry} has {limit} positions")
+    if not progress:
+        logging.disable_progress_bar()
+    max_seq_len = min(limit, -(-length // PAGE_SIZE) * PAGE_SIZE)
+    options |= {"device": device, "progress": progress, "profile": True, "max_seq_len": max_seq_len}
+    if not geometry:
+        return tri_mpk.from_pretrained(name, **options, **hub)
+    if resolve_device(device).type == "cpu":
+        raise DeviceError("a geometry is too large for a CPU; use a CUDA GPU or a small model: tri-mpk profile MODEL")
+    return tri_mpk.from_config(config, **options)
+
+
+def ops_of(result: Profile) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(row) for row in result.table()]
+
+
+def print_profile(result: Profile) -> None:
+    columns = {name: name for name in ("op", "tasks", "fetch", "wait", "run", "signal", "share")}
+    columns |= {"gbps": "GB/s", "critical": "critical", "hops": "hops"}
+    if not result.is_real_time:
+        del columns["gbps"]
+    rows = []
+    for op in ops_of(result):
+        cells = {name: f"{op[name]:.2f}" for name in ("fetch", "wait", "run", "signal", "critical")}
+        cells |= {"share": f"{op['share']:.1%}", "hops": f"{op['hops']:.3g}"}
+        cells |= {"gbps": f"{op['gbps']:.0f}" if op["gbps"] is not None else "-"}
+        rows.append(op | cells)
+    print_table(columns, rows)
+    facts = result.summary()
+    length, unit = facts["step"], facts["unit"]
+    shares = ", ".join(f"{name} {facts[name] / length:.1%}" for name in ("run", "wait", "fetch", "signal"))
+    print(f"{unit} per step: mean over all workers; critical: of the critical path")
+    print(f"step       {length:.2f} {unit}; workers: {shares}, step event {facts['step_event_wait'] / length:.1%}")
+    print(
+        f"critical   {facts['path_tasks']:.4g} tasks, {facts['path_hops']:.3g} hops that take"
+        f" {facts['path_hop_time']:.2f} {unit}"
+    )
 
 
 def main() -> None:

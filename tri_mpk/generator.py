@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import module_from_spec, resolve_name, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device
+from tri_mpk.scheduler import device, timing
 
 TRITON_DTYPES = {
     torch.float32: "tl.float32",
@@ -38,6 +38,9 @@ USED = (
     "shared_memory", "fetch_task", "await_fetch", "task_address", "wait_counter", "signal",
     "pointer_field", "int_field",
 )  # fmt: skip
+# a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
+USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
+TIMED = {"wait": "timed_wait", "signal": "timed_signal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class KernelConstants:
     block_n: int
     block_k: int
     portable: bool  # Triton atomics instead of PTX: what the interpreter runs
+    profile: bool = False  # tasks leave time stamps: see scheduler/timing.py
 
 
 def field_names(op: Op) -> list[str]:
@@ -65,17 +69,23 @@ def field_names(op: Op) -> list[str]:
     return [p.name for p in op.tile.params if not p.is_constexpr and p.name not in KERNEL_PARAMETERS]
 
 
-def task_words(ops: Iterable[Op]) -> int:
+def task_words(ops: Iterable[Op], profile: bool = False) -> int:
     """Size of a task descriptor in int64 words: whole 64-byte lines."""
-    words = -(-(TASK_FIELDS + max(len(field_names(op)) for op in ops)) // 8) * 8
+    used = TASK_FIELDS + max(len(field_names(op)) for op in ops)
+    words = -(-used // 8) * 8
+    if profile:
+        assert used <= timing.TASK_STAMPS.value, f"a descriptor of {used} words leaves no room for time stamps"
+        words = timing.TIMED_TASK_WORDS
     assert 8 * words <= device.DESCRIPTOR_BYTES.value, f"a descriptor of {words} words does not fit shared memory"
     return words
 
 
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
-    words = task_words(v.op for v in variants)
+    words = task_words((v.op for v in variants), constants.profile)
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
+    if constants.profile:
+        roots += [getattr(timing, name) for name in USED_BY_PROFILE]
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -90,13 +100,13 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",
-        *_definitions(roots),
+        *_definitions(roots, TIMED if constants.profile else {}),
         "",
         "",
         "# ---- megakernel ----",
         "",
         "",
-        *_kernel(variants, TRITON_DTYPES[constants.weight_dtype]),
+        *_kernel(variants, TRITON_DTYPES[constants.weight_dtype], constants.profile),
     ]
     return "\n".join(lines) + "\n"
 
@@ -105,6 +115,7 @@ def _describe(variant: Variant) -> str:
     return f"{variant.op.name}({', '.join(f'{k}={v}' for k, v in variant.constants)})"
 
 
+PROFILE_ONLY = "# profile"  # ends the lines that only a profiled kernel has
 WORKER_LOOP = '''\
 @triton.jit
 def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
@@ -122,19 +133,40 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     await_fetch(smem, PORTABLE)
     running = num_tasks > 0
     step = tl.load(control_ptr + CONTROL_FIRST_STEP).to(tl.int32)  # counted from here on: argmax writes step_ptr
+    worker_record = first_record(first_task, worker)  # profile
     while running:
+        record = begin_step(control_ptr, worker_record, step, PORTABLE)  # profile
         # nothing is hoisted out of the variants: it would hold registers in all of them
         for slot in tl.range(0, num_tasks, num_stages=1, disable_licm=True):
             task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
             next_slot = tl.where(slot + 1 == num_tasks, 0, slot + 1)
             fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
             turn ^= 1
+            begin_record(task, record + slot + 1, control_ptr, PORTABLE)  # profile
             variant = int_field(task, TASK_VARIANT, PORTABLE)
 '''
+STEP_END = """\
+            elif variant == -1:  # a worker without tasks
+                signal(task, event_ptr, PORTABLE)
+            else:  # a damaged queue: whoever waits for this task ends the launch
+                await_fetch(smem, PORTABLE)
+        # the step event
+        step_waits = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)  # profile
+        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
+        end_step(control_ptr, record + num_tasks + 1, step_waits, PORTABLE)  # profile
+        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
+        epoch += 1
+        step += 1
+    drain_ring(ring, RING)
+"""
 
 
-def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
-    yield from WORKER_LOOP.splitlines()
+def _kernel(variants: list[Variant], weight: str, profile: bool) -> Iterator[str]:
+    lines = [*WORKER_LOOP.splitlines(), *_branches(variants, weight), *STEP_END.splitlines()]
+    return (line for line in lines if profile or not line.endswith(PROFILE_ONLY))
+
+
+def _branches(variants: list[Variant], weight: str) -> Iterator[str]:
     for i, variant in enumerate(variants):
         call = f"{variant.op.tile.__name__}("
         if "ring" in [p.name for p in variant.op.tile.params]:
@@ -143,18 +175,6 @@ def _kernel(variants: list[Variant], weight: str) -> Iterator[str]:
         yield f"                {call}"
         yield from (f"                    {argument}," for argument in _arguments(variant, weight))
         yield "                )"
-    yield from (
-        "            elif variant == -1:  # a worker without tasks",
-        "                signal(task, event_ptr, PORTABLE)",
-        "            else:  # a damaged queue: whoever waits for this task ends the launch",
-        "                await_fetch(smem, PORTABLE)",
-        "        # the step event",
-        "        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)",
-        "        running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)",
-        "        epoch += 1",
-        "        step += 1",
-        "    drain_ring(ring, RING)",
-    )
 
 
 def _arguments(variant: Variant, weight: str) -> Iterator[str]:
@@ -178,8 +198,11 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
             yield f"{p.name}=int_field(task, {words[p.name]}, PORTABLE)"
 
 
-def _definitions(roots: list[JITFunction]) -> Iterator[str]:
-    """Constants, then functions, callees before callers, each verbatim from its module."""
+def _definitions(roots: list[JITFunction], timed: dict[str, str]) -> Iterator[str]:
+    """Constants, then functions, callees before callers, each verbatim from its module.
+
+    `timed`: device functions whose place is taken by others, in calls from outside of the scheduler.
+    """
     functions: dict[str, JITFunction] = {}
     constants: dict[str, tuple[ModuleType, str]] = {"TASK_VARIANT": (device, "TASK_VARIANT")}
     for name in ("CONTROL_FIRST_EPOCH", "CONTROL_FIRST_STEP", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
@@ -192,6 +215,8 @@ def _definitions(roots: list[JITFunction]) -> Iterator[str]:
         module = sys.modules[fn.__module__]
         for node in ast.walk(_definition(module, fn.__name__)):
             value = getattr(module, node.id, None) if isinstance(node, ast.Name) else None
+            if module not in (device, timing) and getattr(node, "id", None) in timed:
+                value = getattr(timing, timed[node.id])
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
@@ -201,14 +226,14 @@ def _definitions(roots: list[JITFunction]) -> Iterator[str]:
     for root in roots:
         visit(root)
     for module, name in sorted(constants.values(), key=lambda c: (c[0].__name__, _definition(*c).lineno)):
-        yield _text(module, _definition(module, name))
+        yield _text(module, _definition(module, name), {})
     previous = None
     for fn in functions.values():
         module = sys.modules[fn.__module__]
         yield from ("", "")
         if module is not previous:
             yield from (f"# ---- {module.__name__.removeprefix('tri_mpk.').replace('.', '/')}.py ----", "", "")
-        yield _text(module, _definition(module, fn.__name__))
+        yield _text(module, _definition(module, fn.__name__), {} if module in (device, timing) else timed)
         previous = module
 
 
@@ -216,7 +241,7 @@ def _home(module: ModuleType, name: str) -> ModuleType:
     """The module that assigns a constant which `module` may have imported."""
     for node in _tree(module).body:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
-            return _home(sys.modules[node.module], name)
+            return _home(sys.modules[resolve_name("." * node.level + node.module, module.__package__)], name)
     return module
 
 
@@ -237,9 +262,16 @@ def _definition(module: ModuleType, name: str) -> ast.stmt:
     raise AssertionError(f"{name} is not defined at the top of {module.__name__}")
 
 
-def _text(module: ModuleType, node: ast.stmt) -> str:
+def _text(module: ModuleType, node: ast.stmt, renamed: dict[str, str]) -> str:
+    """The lines of a definition, with some names replaced."""
     first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
-    return "\n".join(inspect.getsource(module).split("\n")[first - 1 : node.end_lineno])
+    lines = inspect.getsource(module).split("\n")[first - 1 : node.end_lineno]
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in renamed]
+    for name in sorted(names, key=lambda n: n.col_offset, reverse=True):  # columns before it stay what they are
+        line = lines[name.lineno - first].encode()
+        new = line[: name.col_offset] + renamed[name.id].encode() + line[name.end_col_offset :]
+        lines[name.lineno - first] = new.decode()
+    return "\n".join(lines)
 
 
 def cache_dir() -> Path:
@@ -264,8 +296,8 @@ def import_source(path: Path) -> ModuleType:
     """Imported, not exec'd, so that tracebacks and PTX line tables point at the file."""
     if path.stem in sys.modules:
         return sys.modules[path.stem]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module

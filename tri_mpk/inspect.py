@@ -42,7 +42,12 @@ def load_config(name_or_path: str, **hub: object) -> PreTrainedConfig:
 
 
 def plan_config(
-    config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int, num_workers: int, bulk_copies: bool = True
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    num_workers: int,
+    bulk_copies: bool = True,
+    profile: bool = False,
 ) -> Program:
     """The program that a GPU with `num_workers` SMs would run, planned on the meta device.
 
@@ -51,7 +56,7 @@ def plan_config(
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
-    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens])
+    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], profile=profile)
     kernel.has_bulk_copies = bulk_copies
     build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
     return kernel.plan()

@@ -28,6 +28,7 @@ def from_pretrained(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     progress: bool = True,
+    profile: bool = False,
     **hub: object,
 ) -> CausalLM:
     """A checkpoint, by its folder or its name on the Hugging Face hub.
@@ -37,6 +38,7 @@ def from_pretrained(
         device: None: the current CUDA device if there is one, else the CPU (Triton's interpreter, for small models).
         max_seq_len: longest sequence, prompt and new tokens together; None: 4096 or the model's limit, if that is less.
         num_workers: None: one per SM.
+        profile: record when every task waits, runs and signals; `model.profile()` then tells of the last launch.
         hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
 
     Raises: CheckpointError, UnsupportedModelError, DeviceError, ValueError.
@@ -75,7 +77,7 @@ def from_pretrained(
         )
     return from_model(
         model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
-        progress=progress,
+        progress=progress, profile=profile,
     )  # fmt: skip
 
 
@@ -88,6 +90,7 @@ def from_model(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     progress: bool = True,
+    profile: bool = False,
 ) -> CausalLM:
     """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be):
     the model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
@@ -105,7 +108,7 @@ def from_model(
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
             )
-    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress)
+    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile)
 
 
 def from_config(
@@ -118,6 +121,7 @@ def from_config(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     progress: bool = True,
+    profile: bool = False,
 ) -> CausalLM:
     """Random weights, made on the device: for benchmarks and tests."""
     device = resolve_device(device)
@@ -126,7 +130,7 @@ def from_config(
     check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
     return from_model(
         random_model(config, seed, dtype, device), max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=progress,
+        wait_bound_s=wait_bound_s, progress=progress, profile=profile,
     )  # fmt: skip
 
 

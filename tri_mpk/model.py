@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
+
+if TYPE_CHECKING:
+    from tri_mpk.profiler import Profile
 
 PAGE_SIZE = 128
 
@@ -35,6 +39,7 @@ class CausalLM:
         num_workers: int | None = None,
         wait_bound_s: float = 10.0,
         progress: bool = True,
+        profile: bool = False,
     ):
         self.config: PreTrainedConfig = model.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -45,7 +50,9 @@ class CausalLM:
         self.shape: DecoderShape = describe(model.config, max_seq_len)
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
-        self.kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s)
+        self.kernel = PersistentKernel(
+            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s, profile=profile
+        )
         build(self.kernel, self.shape, model, PAGE_SIZE, progress)
         self._lock = threading.Lock()  # one launch at a time
 
@@ -134,6 +141,16 @@ class CausalLM:
         return CausalLMOutputWithPast(logits=result)
 
     forward = __call__
+
+    def profile(self) -> Profile:
+        """What the last launch did, task by task: of its last steps, 32 at most. Needs a model with profile=True.
+
+        Raises: ValueError without profile=True, or before the first launch.
+        """
+        from tri_mpk.profiler import read_profile
+
+        with self._lock:
+            return read_profile(self.kernel)
 
     def eval(self) -> CausalLM:
         return self

@@ -44,8 +44,8 @@ class PersistentKernel:
         num_workers: persistent programs; None: one per SM (on a CPU one process per core, 2 to 4).
         meta_tensors: `step` int32 [1], the position of the next token to process, and `tokens` int64 [max_seq_len] or
             [1, max_seq_len]. The kernel reads and writes both.
-        profiler_tensor: reserved; must be None.
         wait_bound_s: a wait inside the kernel that lasts longer ends the launch with MegakernelTimeout.
+        profile: tasks leave time stamps, which `tri_mpk.profiler.read_profile` reads after a launch.
     """
 
     def __init__(
@@ -54,14 +54,12 @@ class PersistentKernel:
         rank: int = 0,
         num_workers: int | None = None,
         meta_tensors: Sequence[torch.Tensor] = (),
-        profiler_tensor: torch.Tensor | None = None,
         *,
         wait_bound_s: float = 10.0,
+        profile: bool = False,
     ):
         if (world_size, rank) != (1, 0):
             raise NotImplementedError(f"world_size={world_size}, rank={rank}: only world_size=1, rank=0 runs so far")
-        if profiler_tensor is not None:
-            raise NotImplementedError("profiler_tensor: there is no profiler yet; pass None")
         if len(meta_tensors) != 2:
             raise ValueError(f"meta_tensors must be [step, tokens], got {len(meta_tensors)} tensors")
         step, tokens = meta_tensors
@@ -77,6 +75,7 @@ class PersistentKernel:
         self.num_workers = default_num_workers(self.device) if num_workers is None else num_workers
         self.has_bulk_copies = has_bulk_copies(self.device)
         self.wait_bound_s = wait_bound_s
+        self.profile = profile
         self.max_seq_len = tokens.shape[-1]
         self.tensors: dict[str, TensorHandle] = {}
         self.calls: list[OpCall] = []
@@ -347,7 +346,7 @@ class PersistentKernel:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
             constants = kernel_constants(
-                dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies
+                dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies, self.profile
             )
             self.program = plan(self.calls, self.tensors, self.num_workers, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":

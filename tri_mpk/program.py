@@ -52,20 +52,20 @@ class Program:
             self.graph,
             self.events,
             self.schedule,
-            task_words(v.op for v in self.variants),
+            task_words((v.op for v in self.variants), self.constants.profile),
             [field_names(v.op) for v in self.variants],
             {name: tensor.dtype.itemsize for name, tensor in self.tensors.items()},
         )
 
 
 def kernel_constants(
-    weight_dtype: torch.dtype, row_lengths: list[int], portable: bool, has_bulk_copies: bool
+    weight_dtype: torch.dtype, row_lengths: list[int], portable: bool, has_bulk_copies: bool, profile: bool = False
 ) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    return KernelConstants(weight_dtype, ring, block_n, block_k, portable)
+    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile)
 
 
 @dataclass(frozen=True, slots=True)

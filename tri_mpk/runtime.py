@@ -28,12 +28,14 @@ from tri_mpk.generator import import_source, write_source
 from tri_mpk.ops import argmax
 from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler import timing
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 from tri_mpk.scheduler.graph import STEP_EVENT
 from tri_mpk.shared_memory import SharedMemory
 
-CONTROL_WORDS = 64
+CONTROL_WORDS = words.CONTROL_RECORDS.value
 MAX_EOS = 32
+RECORDED_STEPS = 32  # a profiled kernel keeps the time stamps of so many steps, the last ones of a launch
 MAILBOX_STOP = argmax.MAILBOX_STOP.value
 MAILBOX_NUM_TOKENS = argmax.MAILBOX_NUM_TOKENS.value
 MAILBOX_TOKENS = argmax.MAILBOX_TOKENS.value
@@ -66,12 +68,29 @@ class Runtime:
         self.shared_memory: SharedMemoryPlan | None = None
         self.next_epoch = 1
         self.num_launches = 0
+        self.last_steps = range(0)  # positions that the last launch processed
 
     def _allocate_state(self) -> None:
         num_events = len(self.program.events.events)
         self.events = self.empty((num_events * EVENT_STRIDE,), torch.int32)
-        self.control = self.empty((CONTROL_WORDS,), torch.int64)
+        num_records = RECORDED_STEPS * self.step_records if self.program.constants.profile else 0
+        self.control = self.empty((CONTROL_WORDS + num_records * timing.RECORD_WORDS.value,), torch.int64)
         self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
+
+    @property
+    def step_records(self) -> int:
+        """Records of one step of a profiled kernel: of every task, and of every worker itself."""
+        # a worker without tasks has a descriptor all the same
+        queues = self.program.schedule.queues
+        return sum(max(1, len(queue)) + timing.WORKER_RECORDS.value for queue in queues)
+
+    def read_records(self) -> torch.Tensor:
+        """Time stamps of the last steps of the last launch: int64 [steps, records of a step, 4] on the CPU.
+
+        Of the steps in `last_steps` these are the last ones, RECORDED_STEPS at most. scheduler/timing.py has the order.
+        """
+        records = self.control[CONTROL_WORDS:].cpu().view(RECORDED_STEPS, -1, timing.RECORD_WORDS.value)
+        return records[[step % RECORDED_STEPS for step in self.last_steps[-RECORDED_STEPS:]]]
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` (any int32) the next one, as if the steps before it had run."""
@@ -101,9 +120,12 @@ class Runtime:
             control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
             control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
             control[words.CONTROL_RING_SLOT_BYTES.value] = self.shared_memory.slot_bytes
+        if self.program.constants.profile:
+            control[words.CONTROL_RECORDED_STEPS.value] = RECORDED_STEPS
+            control[words.CONTROL_STEP_RECORDS.value] = self.step_records
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
-        self.control.copy_(control)
+        self.control[:CONTROL_WORDS].copy_(control)
         self.control[words.CONTROL_FIRST_STEP.value] = self.program.tensors["step"].data.view(())
         self.mailbox.zero_()
         self.num_launches += 1
@@ -125,11 +147,14 @@ class Runtime:
         yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
 
     def _check_outcome(self) -> None:
-        control = self.control.cpu()
+        control = self.control[:CONTROL_WORDS].cpu()
+        self.last_steps = range(0)
         if control[words.CONTROL_ABORT.value]:
             self.set_epoch(1)
             raise self._timeout(control)
-        self.next_epoch = wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
+        first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
+        first_step = int(control[words.CONTROL_FIRST_STEP.value])
+        self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
 
     def _timeout(self, control: torch.Tensor) -> MegakernelTimeout:
         task = int(control[words.CONTROL_STUCK_TASK.value])

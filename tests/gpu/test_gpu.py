@@ -19,8 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import tri_mpk
 from decoders import prompt, tiny_config
+from profiles import assert_sound
 from tri_mpk import CausalLM, DeviceError, MegakernelTimeout
 from tri_mpk.account import SKIPPED
+from tri_mpk.benchmark import decode_at
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import memory_bytes, random_model
 from tri_mpk.models import describe
@@ -316,6 +318,36 @@ def test_memory_is_weights_cache_and_little_more():
     used = torch.cuda.memory_allocated() - before
     needed = memory_bytes(model.config, describe(model.config, MAX_SEQ_LEN), torch.bfloat16, MAX_SEQ_LEN)
     assert used <= 1.02 * needed + (256 << 20)
+
+
+# ---- time stamps ----
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, odd sizes", "qwen3"])
+def test_a_profile(name):
+    """The same tokens; records of every task, in order on a clock that all SMs share."""
+    plain, theirs = random(SMALL[name], torch.bfloat16)
+    model = tri_mpk.from_model(theirs, max_seq_len=MAX_SEQ_LEN, progress=False, profile=True)
+    for _ in range(2):
+        expected = plain.generate(tokens(5), max_new_tokens=60)
+        assert torch.equal(model.generate(tokens(5), max_new_tokens=60), expected)
+        profile = model.profile()
+        assert profile.is_real_time and profile.steps == range(32, 64)
+        assert_sound(profile)
+        launch_ns = model.kernel.runtime.last_launch_ms * 1e6
+        recorded_ns = profile.step_times.max() - profile.step_times.min()
+        assert 0.3 * launch_ns < recorded_ns < launch_ns  # of 64 steps, the last 32
+        assert 0.05 < profile.summary()["utilisation"] < 1
+
+
+def test_stamps_cost_little():
+    """Under 3 % for the models of the bench, see bench/profile_overhead.py; here, on a small one, an order of that."""
+    config = geometry("Llama-3.2-1B")
+    config.num_hidden_layers = 4
+    theirs = random_model(config, 0, torch.bfloat16, CUDA)
+    models = [tri_mpk.from_model(theirs, max_seq_len=512, progress=False, profile=p) for p in (False, True)]
+    off, on = (min(times) for times in zip(*([decode_at(m, 256, 32) for m in models] for _ in range(20)), strict=True))
+    assert on < 1.1 * off
 
 
 # ---- planted faults ----

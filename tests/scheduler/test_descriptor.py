@@ -14,6 +14,7 @@ from tri_mpk.scheduler.descriptor import PackedQueues, pack
 from tri_mpk.scheduler.device import (
     DESCRIPTOR_BYTES,
     TASK_FIELDS,
+    TASK_SIGNALS,
     TASK_STREAM,
     TASK_STREAM_INDEX,
     TASK_VARIANT,
@@ -73,6 +74,13 @@ def test_a_worker_without_tasks_has_one_record():
     assert queues.queue_start.tolist() == [0, 1, 2]
     assert queues.words[0, TASK_VARIANT.value] == -1 and queues.words[0, TASK_WAIT_COUNT.value] == 0
     assert queues.words[1, TASK_VARIANT.value] == 0
+
+
+def test_a_worker_without_tasks_signals_nothing():
+    """Least of all the step event, event 0: workers would begin the next step before this one has ended."""
+    words = packed([task()], [[], [0]]).words[:, TASK_SIGNALS.value : TASK_SIGNALS.value + 2]
+    assert words[0].view(np.int32).tolist() == [-1] * 4
+    assert words[1].view(np.int32).tolist() == [0, -1, -1, -1]
 
 
 @pytest.fixture(scope="module")
