@@ -23,7 +23,6 @@ from .device import (
     CONTROL_RECORDS,
     CONTROL_STEP_RECORDS,
     signal,
-    task_word,
     wait,
 )
 
@@ -59,7 +58,7 @@ def read_clock(clock_ptr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def set_task_word(task, word, value, PORTABLE: tl.constexpr):
-    """For `task_word` in the thread that takes stamps; the descriptor is this worker's own copy."""
+    """For `own_word` in the thread that takes stamps; the descriptor is this worker's own copy."""
     if PORTABLE:
         tl.store(task + word, value)
     else:
@@ -78,10 +77,21 @@ def set_task_word(task, word, value, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def own_word(task, word, PORTABLE: tl.constexpr):
+    """What `set_task_word` wrote. `task_word` is for words that nobody writes: the compiler may read those later."""
+    if PORTABLE:
+        return tl.load(task + word)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.shared.b64 $0, [$1];", "=l,r", [task + word * 8], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def task_clock(task, PORTABLE: tl.constexpr):
     """Where `read_clock` finds the time within a task; a GPU needs no address."""
     if PORTABLE:
-        return task_word(task, TASK_CLOCK, PORTABLE).to(tl.pointer_type(tl.int64))
+        return own_word(task, TASK_CLOCK, PORTABLE).to(tl.pointer_type(tl.int64))
     else:
         return 0
 
@@ -149,9 +159,9 @@ def timed_wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 def timed_signal(task, event_ptr, PORTABLE: tl.constexpr):
     """`signal`, and the task's record: work is done when the last warp of the worker has come here."""
     # read before the barrier: behind it the first warp may copy another descriptor to where this one lies
-    waits = task_word(task, TASK_STAMPS, PORTABLE)
-    runs = task_word(task, TASK_STAMPS + 1, PORTABLE)
-    record_ptr = task_word(task, TASK_RECORD, PORTABLE).to(tl.pointer_type(tl.int64))
+    waits = own_word(task, TASK_STAMPS, PORTABLE)
+    runs = own_word(task, TASK_STAMPS + 1, PORTABLE)
+    record_ptr = own_word(task, TASK_RECORD, PORTABLE).to(tl.pointer_type(tl.int64))
     clock_ptr = task_clock(task, PORTABLE)
     tl.debug_barrier()
     signals = read_clock(clock_ptr, PORTABLE)

@@ -607,6 +607,29 @@ def lane_place():
     return warp, lane // 4, lane % 4
 
 
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def load_word(ptr, wanted):
+    """4 bytes of global memory; zero where `wanted` is 0.
+
+    Not tl.load, for which the compiler may choose another order of threads than [WARPS, LANES], for all that depends on
+    it. Nothing of the work by warps would be right then.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+        "=&r,l,r",
+        [ptr.to(tl.int64), wanted],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# ---- ops/attention.py ----
+
+
 @triton.jit
 def load_keys(cache_ptr, row, num_rows, DH: tl.constexpr, TILES: tl.constexpr):
     """Words of TILES * 16 keys from row `row` of the cache on, as `attend` wants them; zeros from `num_rows` on.
@@ -948,7 +971,7 @@ def attend_by_warps(
     last = tl.where(split < num_splits, (split + 1) * num_blocks // num_splits, first)
     # nobody writes older rows of the cache in this step: the first blocks are on their way while we wait
     block = first + warp
-    page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+    page = load_word(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, (block < last).to(tl.int32))
     row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
     num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
     keys = load_keys(k_cache_ptr, row, num_rows, DH, TILES)
@@ -985,7 +1008,7 @@ def attend_by_warps(
         m, l, acc = attend(q_at, keys, values, num_rows, m, l, acc, DH, TILES, DTYPE)
         for _ in tl.range(1, (last - first + WARPS - 1) // WARPS, num_stages=1):
             block += WARPS
-            page = tl.load(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, mask=block < last, other=0)
+            page = load_word(page_table_ptr + block * BLOCK_KV // PAGE_SIZE, (block < last).to(tl.int32))
             row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + block * BLOCK_KV % PAGE_SIZE
             num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
             scores = score(q_at, load_keys(k_cache_ptr, row, num_rows, DH, TILES), num_rows, DH, TILES, DTYPE)
@@ -1137,7 +1160,8 @@ def merge_splits(
         for s in tl.static_range(COUNT):
             wanted = (256 * i + first < COLS) & (col < K) & (first_split + s < num_splits)
             at = first_split + s
-            lse = lse + (tl.load(lse_ptr + at * (K // DH) + col // DH, mask=wanted, other=float("-inf")),)
+            word = load_word(lse_ptr + at * (K // DH) + col // DH, wanted.to(tl.int32))
+            lse = lse + (tl.where(wanted, word.to(tl.float32, bitcast=True), float("-inf")),)
             parts = parts + load_eight(parts_ptr + at * K + col, wanted.to(tl.int32))
     new_x = ()
     new_top = ()
