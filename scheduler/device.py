@@ -74,12 +74,10 @@ def fetch_task(queue_ptr, slot, turn, smem, TASK_WORDS: tl.constexpr, PORTABLE: 
     if not PORTABLE:
         tl.inline_asm_elementwise(
             """{
-            .reg .pred p; .reg .u32 at, first; .reg .u64 from; .reg .b64 a, b;
-            mov.u32 at, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 at, at, first;
-            setp.ge.u32 p, at, $3; @p bra DONE;
-            mad.wide.u32 from, at, 16, $1; mad.lo.u32 at, at, 16, $2;
-            ld.global.v2.b64 {a, b}, [from]; st.shared.v2.b64 [at], {a, b};
-            DONE: mov.u32 $0, 0;
+            .reg .pred p; .reg .u32 at; .reg .u64 from;
+            mov.u32 at, %tid.x; setp.ge.u32 p, at, $3; mad.wide.u32 from, at, 16, $1; mad.lo.u32 at, at, 16, $2;
+            @!p cp.async.ca.shared.global [at], [from], 16;
+            mov.u32 $0, 0;
             }""",
             "=r,l,r,r",
             [
@@ -98,7 +96,7 @@ def await_fetch(smem, PORTABLE: tl.constexpr):
     """Until what `fetch_task` copies is there. `signal` does the same."""
     if not PORTABLE:
         tl.inline_asm_elementwise(
-            "bar.sync 0; mov.u32 $0, $1;", "=r,r", [smem], dtype=tl.int32, is_pure=False, pack=1
+            "cp.async.wait_all; bar.sync 0; mov.u32 $0, $1;", "=r,r", [smem], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
@@ -267,6 +265,7 @@ def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+                cp.async.wait_all;
                 bar.sync 0;
                 mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
                 mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
@@ -288,6 +287,7 @@ def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+                cp.async.wait_all;
                 bar.sync 0;
                 mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
                 mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
