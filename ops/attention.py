@@ -25,7 +25,7 @@ import triton.language as tl
 
 from tri_mpk.ops.gemv import LANES, SUMS_OFFSET, WARPS, load_word, load_words, read_float, read_words
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
-from tri_mpk.scheduler.device import confirm, publish, signal, store_shared, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 # Shared memory of a task, in bytes from SUMS_OFFSET on: the new q, k and v or else what each warp has, two heads of 128
@@ -331,7 +331,7 @@ def attend(q_at, keys, values, num_rows, m, l, acc, DH: tl.constexpr, TILES: tl.
 @triton.jit
 def merge_warps(
     smem, m, l, acc, parts_ptr, lse_ptr, head0,
-    GROUP: tl.constexpr, DH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    GROUP: tl.constexpr, DH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The part of a split and its lse from what each warp has, HEADS heads at a time."""
     PADDED: tl.constexpr = (DH + 63) // 64 * 64
@@ -344,7 +344,6 @@ def merge_warps(
     o = tl.arange(0, BLOCK)
     h = o // PADDED
     d = o % PADDED
-    stored = tl.zeros([BLOCK], tl.int32)
     for first in tl.static_range(0, GROUP, HEADS):
         tl.debug_barrier()
         for e in tl.static_range(2):
@@ -367,10 +366,8 @@ def merge_warps(
             total += weight * read_float(at + 4)
             out += weight * read_float(state + ((w * HEADS + h) * PADDED + d) * 4)
         mask = (first + h < GROUP) & (d < DH)
-        row = head0 + first + h
-        stored |= store_shared(parts_ptr + row * DH + d, out / total, mask, PORTABLE)
-        stored |= store_shared(lse_ptr + row, top + tl.log2(total), mask & (d == 0), PORTABLE)
-    confirm(stored, PORTABLE)
+        tl.store(parts_ptr + (head0 + first + h) * DH + d, (out / total).to(parts_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + head0 + first + h, top + tl.log2(total), mask=mask & (d == 0))
 
 
 @triton.jit
@@ -413,13 +410,12 @@ def attend_by_warps(
         write_half(q_at + (h * PADDED + d) * 2, q.to(DTYPE))
         k_at = q_at + 4096
         v_at = q_at + 8192
-        stored = tl.zeros([1, BLOCK_DH], tl.int32)
         if is_first:  # the new token
             k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
             v_new = v_new.to(DTYPE)
             new_row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            stored = store_shared(k_cache_ptr + new_row + d, k_new, d < DH, PORTABLE)
-            stored |= store_shared(v_cache_ptr + new_row + d, v_new, d < DH, PORTABLE)
+            tl.store(k_cache_ptr + new_row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + new_row + d, v_new, mask=d < DH)
             write_half(k_at + d * 2, k_new)
             write_half(v_at + d * 2, v_new)
         tl.debug_barrier()
@@ -456,8 +452,7 @@ def attend_by_warps(
                         new_values = new_values + read_words(v_at + (64 * c + 8 * g) * 2, wanted.to(tl.int32))
             m, l, acc = attend(q_at, new_keys, new_values, tl.where(warp == 0, 1, 0), m, l, acc, DH, 1, DTYPE)
         HEADS: tl.constexpr = 256 // PADDED
-        merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256, PORTABLE)
-        confirm(stored, PORTABLE)
+        merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256)
 
 
 # ---- all warps together, by tl.dot ----
@@ -508,8 +503,8 @@ def attend_by_blocks(
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
             row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            publish(k_cache_ptr + row + d, k_new, d < DH, PORTABLE)
-            publish(v_cache_ptr + row + d, v_new, d < DH, PORTABLE)
+            tl.store(k_cache_ptr + row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + row + d, v_new, mask=d < DH)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)
             l += 1.0
             acc += v_new.to(tl.float32)
@@ -531,8 +526,9 @@ def attend_by_blocks(
             m = m_new
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
-        publish(parts_ptr + head[:, None] * DH + d, acc / l[:, None], (h < GROUP)[:, None] & (d < DH), PORTABLE)
-        publish(lse_ptr + head, m + tl.log2(l), h < GROUP, PORTABLE)
+        part = (acc / l[:, None]).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + head[:, None] * DH + d, part, mask=(h < GROUP)[:, None] & (d < DH))
+        tl.store(lse_ptr + head, m + tl.log2(l), mask=h < GROUP)
 
 
 @triton.jit
@@ -562,7 +558,7 @@ def attention_tile(
             page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
             H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
         )  # fmt: skip
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

@@ -20,7 +20,7 @@ from tri_mpk.ops.gemv import block_rows, dot_rows, load_eight, load_word, slot_r
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
-from tri_mpk.scheduler.device import publish, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
@@ -154,8 +154,8 @@ def attention_output_tile(
                 w = tl.load(weight_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
                 merged = merged_columns(parts_ptr, lse_ptr, num_splits, cols, K, DH)
                 product += tl.sum(w * merged[None, :], axis=1)
-        publish(y_ptr + row0 + row, y + product, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, y + product, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

@@ -18,7 +18,7 @@ from tri_mpk.ops.gemv import (
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
-from tri_mpk.scheduler.device import publish, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
 
@@ -41,8 +41,8 @@ def linear_residual_tile(
         ring, y = dot_rows(
             ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
         )
-        publish(y_ptr + row0 + row, base + y, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

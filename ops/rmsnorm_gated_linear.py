@@ -23,7 +23,7 @@ from tri_mpk.ops.gemv import (
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import rmsnorm_torch
-from tri_mpk.scheduler.device import publish, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 
@@ -54,8 +54,8 @@ def rmsnorm_gated_linear_tile(
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
-        publish(h_ptr + row0 + row, h, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

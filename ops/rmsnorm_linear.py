@@ -21,7 +21,7 @@ from tri_mpk.ops.gemv import (
     slot_rows,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.scheduler.device import publish, signal, wait
+from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task, WeightStream
 
 
@@ -46,8 +46,8 @@ def rmsnorm_linear_tile(
         row = block * BLOCK_N + rows
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        publish(y_ptr + row0 + row, y, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 

@@ -3,11 +3,6 @@
 A signal is a CTA barrier and then `red.release`; a wait is one thread polling `ld.acquire` and then a CTA barrier. Both
 exist in a portable form (Triton atomics; what the interpreter runs) and as PTX, behind the constexpr PORTABLE.
 
-On the critical path there is a signal without a fence, because on Hopper the fence of a release waits for every bulk
-copy that is under way on the SM, about 2 us of weights which have nothing to do with it. There, each thread reads back
-from the L2 cache what it has stored (`publish`), with loads that no nearer cache may answer. When those are in, the
-stores have been performed where all SMs look, so that after the barrier `red.relaxed` is enough.
-
 Every wait is bounded. A worker whose bound is exceeded raises the abort flag with what it saw; all later waits give up
 at once, so that every worker reaches the end of its queue, sees the flag and leaves. Nothing checks the flag on the
 fast path.
@@ -189,67 +184,8 @@ def wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def store_shared(ptr, x, mask, PORTABLE: tl.constexpr):
-    """Stores what other workers read, for a signal without a fence. Returns what `confirm` needs before that signal."""
-    x = x.to(ptr.dtype.element_ty)
-    if PORTABLE:
-        tl.store(ptr, x, mask=mask)
-        return 0
-    elif x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b16 low, seen;
-            setp.ne.s32 p, $3, 0; cvt.u16.u32 low, $2; mov.b16 seen, low;
-            @p st.relaxed.gpu.global.b16 [$1], low; @p ld.relaxed.gpu.global.b16 seen, [$1];
-            xor.b16 seen, seen, low; cvt.u32.u16 $0, seen;
-            }""",
-            "=r,l,r,r",
-            [ptr.to(tl.int64), x.to(tl.int16, bitcast=True).to(tl.int32), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b32 seen; setp.ne.s32 p, $3, 0; mov.b32 seen, $2;
-            @p st.relaxed.gpu.global.b32 [$1], $2; @p ld.relaxed.gpu.global.b32 seen, [$1];
-            xor.b32 $0, seen, $2;
-            }""",
-            "=r,l,r,r",
-            [ptr.to(tl.int64), x.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def confirm(difference, PORTABLE: tl.constexpr):
-    """Until what `store_shared` stored has come back from the L2 cache."""
-    if not PORTABLE:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p nanosleep.u32 20; mov.u32 $0, 0; }",
-            "=r,r",
-            [difference],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def publish(ptr, x, mask, PORTABLE: tl.constexpr):
-    """Stores what other workers read, for a signal without a fence."""
-    confirm(store_shared(ptr, x, mask, PORTABLE), PORTABLE)
-
-
-@triton.jit
-def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
-    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there.
-
-    Without FENCE: all that it wrote by `publish` (or `store_shared` and `confirm`).
-    """
+def signal(task, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there."""
     first = task_word(task, TASK_SIGNALS, PORTABLE)
     second = task_word(task, TASK_SIGNALS + 1, PORTABLE)
     if PORTABLE:
@@ -261,47 +197,24 @@ def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
                 tl.atomic_add(event_ptr + counter, 1, sem="release", scope="gpu")
     else:
         # Lane i < 4 of the last warp signals the i-th event: the first warp may go on to wait for the next task's.
-        if FENCE:
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
-                cp.async.wait_all;
-                bar.sync 0;
-                mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
-                mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
-                and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
-                selp.s32 a, b, a, p; selp.s32 c, d, c, p;
-                setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
-                setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
-                mad.wide.s32 address, a, 4, $1;
-                @q red.release.gpu.global.add.u32 [address], 1;
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,l,l",
-                [event_ptr.to(tl.int64), first, second],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
-                cp.async.wait_all;
-                bar.sync 0;
-                mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
-                mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
-                and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
-                selp.s32 a, b, a, p; selp.s32 c, d, c, p;
-                setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
-                setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
-                mad.wide.s32 address, a, 4, $1;
-                @q red.relaxed.gpu.global.add.u32 [address], 1;
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,l,l",
-                [event_ptr.to(tl.int64), first, second],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+            cp.async.wait_all;
+            bar.sync 0;
+            mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
+            mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
+            and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
+            selp.s32 a, b, a, p; selp.s32 c, d, c, p;
+            setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
+            setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
+            mad.wide.s32 address, a, 4, $1;
+            @q red.release.gpu.global.add.u32 [address], 1;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,l,l",
+            [event_ptr.to(tl.int64), first, second],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -156,7 +156,7 @@ def timed_wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def timed_signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
+def timed_signal(task, event_ptr, PORTABLE: tl.constexpr):
     """`signal`, and the task's record: work is done when the last warp of the worker has come here."""
     # read before the barrier: behind it the first warp may copy another descriptor to where this one lies
     waits = own_word(task, TASK_STAMPS, PORTABLE)
@@ -165,7 +165,7 @@ def timed_signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = 
     clock_ptr = task_clock(task, PORTABLE)
     tl.debug_barrier()
     signals = read_clock(clock_ptr, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE)
+    signal(task, event_ptr, PORTABLE)
     write_record(record_ptr, waits, runs, signals, read_clock(clock_ptr, PORTABLE), PORTABLE)
 
 

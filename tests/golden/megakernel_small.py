@@ -131,11 +131,8 @@ def wait(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
-    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there.
-
-    Without FENCE: all that it wrote by `publish` (or `store_shared` and `confirm`).
-    """
+def signal(task, event_ptr, PORTABLE: tl.constexpr):
+    """All that this worker wrote may be read by whoever waits for this task's events. The next descriptor is there."""
     first = task_word(task, TASK_SIGNALS, PORTABLE)
     second = task_word(task, TASK_SIGNALS + 1, PORTABLE)
     if PORTABLE:
@@ -147,50 +144,27 @@ def signal(task, event_ptr, PORTABLE: tl.constexpr, FENCE: tl.constexpr = True):
                 tl.atomic_add(event_ptr + counter, 1, sem="release", scope="gpu")
     else:
         # Lane i < 4 of the last warp signals the i-th event: the first warp may go on to wait for the next task's.
-        if FENCE:
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
-                cp.async.wait_all;
-                bar.sync 0;
-                mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
-                mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
-                and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
-                selp.s32 a, b, a, p; selp.s32 c, d, c, p;
-                setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
-                setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
-                mad.wide.s32 address, a, 4, $1;
-                @q red.release.gpu.global.add.u32 [address], 1;
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,l,l",
-                [event_ptr.to(tl.int64), first, second],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
-                cp.async.wait_all;
-                bar.sync 0;
-                mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
-                mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
-                and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
-                selp.s32 a, b, a, p; selp.s32 c, d, c, p;
-                setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
-                setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
-                mad.wide.s32 address, a, 4, $1;
-                @q red.relaxed.gpu.global.add.u32 [address], 1;
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,l,l",
-                [event_ptr.to(tl.int64), first, second],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d; .reg .u64 address;
+            cp.async.wait_all;
+            bar.sync 0;
+            mov.b64 {a, b}, $2; mov.b64 {c, d}, $3;
+            mov.u32 tid, %tid.x; mov.u32 first, %ntid.x; sub.u32 first, first, 32; sub.u32 tid, tid, first;
+            and.b32 odd, tid, 1; setp.ne.u32 p, odd, 0;
+            selp.s32 a, b, a, p; selp.s32 c, d, c, p;
+            setp.ge.u32 p, tid, 2; selp.s32 a, c, a, p;
+            setp.lt.u32 p, tid, 4; setp.ge.and.s32 q, a, 0, p;
+            mad.wide.s32 address, a, 4, $1;
+            @q red.release.gpu.global.add.u32 [address], 1;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,l,l",
+            [event_ptr.to(tl.int64), first, second],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 # ---- ops/embedding.py ----
@@ -586,65 +560,6 @@ def inverse_rms(
     return tl.rsqrt(total / K + EPS)
 
 
-# ---- scheduler/device.py ----
-
-
-@triton.jit
-def confirm(difference, PORTABLE: tl.constexpr):
-    """Until what `store_shared` stored has come back from the L2 cache."""
-    if not PORTABLE:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p nanosleep.u32 20; mov.u32 $0, 0; }",
-            "=r,r",
-            [difference],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def store_shared(ptr, x, mask, PORTABLE: tl.constexpr):
-    """Stores what other workers read, for a signal without a fence. Returns what `confirm` needs before that signal."""
-    x = x.to(ptr.dtype.element_ty)
-    if PORTABLE:
-        tl.store(ptr, x, mask=mask)
-        return 0
-    elif x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b16 low, seen;
-            setp.ne.s32 p, $3, 0; cvt.u16.u32 low, $2; mov.b16 seen, low;
-            @p st.relaxed.gpu.global.b16 [$1], low; @p ld.relaxed.gpu.global.b16 seen, [$1];
-            xor.b16 seen, seen, low; cvt.u32.u16 $0, seen;
-            }""",
-            "=r,l,r,r",
-            [ptr.to(tl.int64), x.to(tl.int16, bitcast=True).to(tl.int32), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .b32 seen; setp.ne.s32 p, $3, 0; mov.b32 seen, $2;
-            @p st.relaxed.gpu.global.b32 [$1], $2; @p ld.relaxed.gpu.global.b32 seen, [$1];
-            xor.b32 $0, seen, $2;
-            }""",
-            "=r,l,r,r",
-            [ptr.to(tl.int64), x.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def publish(ptr, x, mask, PORTABLE: tl.constexpr):
-    """Stores what other workers read, for a signal without a fence."""
-    confirm(store_shared(ptr, x, mask, PORTABLE), PORTABLE)
-
-
 # ---- ops/rmsnorm_linear.py ----
 
 
@@ -669,8 +584,8 @@ def rmsnorm_linear_tile(
         row = block * BLOCK_N + rows
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        publish(y_ptr + row0 + row, y, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
@@ -995,7 +910,7 @@ def sum_over_tokens(x):
 @triton.jit
 def merge_warps(
     smem, m, l, acc, parts_ptr, lse_ptr, head0,
-    GROUP: tl.constexpr, DH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    GROUP: tl.constexpr, DH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The part of a split and its lse from what each warp has, HEADS heads at a time."""
     PADDED: tl.constexpr = (DH + 63) // 64 * 64
@@ -1008,7 +923,6 @@ def merge_warps(
     o = tl.arange(0, BLOCK)
     h = o // PADDED
     d = o % PADDED
-    stored = tl.zeros([BLOCK], tl.int32)
     for first in tl.static_range(0, GROUP, HEADS):
         tl.debug_barrier()
         for e in tl.static_range(2):
@@ -1031,10 +945,8 @@ def merge_warps(
             total += weight * read_float(at + 4)
             out += weight * read_float(state + ((w * HEADS + h) * PADDED + d) * 4)
         mask = (first + h < GROUP) & (d < DH)
-        row = head0 + first + h
-        stored |= store_shared(parts_ptr + row * DH + d, out / total, mask, PORTABLE)
-        stored |= store_shared(lse_ptr + row, top + tl.log2(total), mask & (d == 0), PORTABLE)
-    confirm(stored, PORTABLE)
+        tl.store(parts_ptr + (head0 + first + h) * DH + d, (out / total).to(parts_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + head0 + first + h, top + tl.log2(total), mask=mask & (d == 0))
 
 
 @triton.jit
@@ -1077,13 +989,12 @@ def attend_by_warps(
         write_half(q_at + (h * PADDED + d) * 2, q.to(DTYPE))
         k_at = q_at + 4096
         v_at = q_at + 8192
-        stored = tl.zeros([1, BLOCK_DH], tl.int32)
         if is_first:  # the new token
             k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
             v_new = v_new.to(DTYPE)
             new_row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            stored = store_shared(k_cache_ptr + new_row + d, k_new, d < DH, PORTABLE)
-            stored |= store_shared(v_cache_ptr + new_row + d, v_new, d < DH, PORTABLE)
+            tl.store(k_cache_ptr + new_row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + new_row + d, v_new, mask=d < DH)
             write_half(k_at + d * 2, k_new)
             write_half(v_at + d * 2, v_new)
         tl.debug_barrier()
@@ -1120,8 +1031,7 @@ def attend_by_warps(
                         new_values = new_values + read_words(v_at + (64 * c + 8 * g) * 2, wanted.to(tl.int32))
             m, l, acc = attend(q_at, new_keys, new_values, tl.where(warp == 0, 1, 0), m, l, acc, DH, 1, DTYPE)
         HEADS: tl.constexpr = 256 // PADDED
-        merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256, PORTABLE)
-        confirm(stored, PORTABLE)
+        merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256)
 
 
 @triton.jit
@@ -1169,8 +1079,8 @@ def attend_by_blocks(
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
             row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            publish(k_cache_ptr + row + d, k_new, d < DH, PORTABLE)
-            publish(v_cache_ptr + row + d, v_new, d < DH, PORTABLE)
+            tl.store(k_cache_ptr + row + d, k_new, mask=d < DH)
+            tl.store(v_cache_ptr + row + d, v_new, mask=d < DH)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)
             l += 1.0
             acc += v_new.to(tl.float32)
@@ -1192,8 +1102,9 @@ def attend_by_blocks(
             m = m_new
         h = tl.arange(0, BLOCK_H)
         head = split * H + kv_head * GROUP + h
-        publish(parts_ptr + head[:, None] * DH + d, acc / l[:, None], (h < GROUP)[:, None] & (d < DH), PORTABLE)
-        publish(lse_ptr + head, m + tl.log2(l), h < GROUP, PORTABLE)
+        part = (acc / l[:, None]).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + head[:, None] * DH + d, part, mask=(h < GROUP)[:, None] & (d < DH))
+        tl.store(lse_ptr + head, m + tl.log2(l), mask=h < GROUP)
 
 
 @triton.jit
@@ -1223,7 +1134,7 @@ def attention_tile(
             page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
             H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
         )  # fmt: skip
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
@@ -1360,8 +1271,8 @@ def attention_output_tile(
                 w = tl.load(weight_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
                 merged = merged_columns(parts_ptr, lse_ptr, num_splits, cols, K, DH)
                 product += tl.sum(w * merged[None, :], axis=1)
-        publish(y_ptr + row0 + row, y + product, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, y + product, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
@@ -1395,8 +1306,8 @@ def rmsnorm_gated_linear_tile(
         gate *= rstd
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
-        publish(h_ptr + row0 + row, h, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
@@ -1422,8 +1333,8 @@ def linear_residual_tile(
         ring, y = dot_rows(
             ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
         )
-        publish(y_ptr + row0 + row, base + y, row < num_rows, PORTABLE)
-    signal(task, event_ptr, PORTABLE, FENCE=False)
+        tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
+    signal(task, event_ptr, PORTABLE)
     return ring
 
 
