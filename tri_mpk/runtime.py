@@ -34,6 +34,7 @@ from tri_mpk.scheduler.graph import STEP_EVENT
 from tri_mpk.shared_memory import SharedMemory
 
 CONTROL_WORDS = words.CONTROL_RECORDS.value
+ARENA_BYTES = 2 << 20  # one page of a GPU's memory
 MAX_EOS = 32
 RECORDED_STEPS = 32  # a profiled kernel keeps the time stamps of so many steps, the last ones of a launch
 MAILBOX_STOP = argmax.MAILBOX_STOP.value
@@ -72,7 +73,7 @@ class Runtime:
 
     def _allocate_state(self) -> None:
         num_events = len(self.program.events.events)
-        self.events = self.empty((num_events * EVENT_STRIDE,), torch.int32)
+        self.events = self.near_empty((num_events * EVENT_STRIDE,), torch.int32)
         num_records = RECORDED_STEPS * self.step_records if self.program.constants.profile else 0
         self.control = self.empty((CONTROL_WORDS + num_records * timing.RECORD_WORDS.value,), torch.int64)
         self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
@@ -186,10 +187,12 @@ class CudaRuntime(Runtime):
     ):
         super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
         self.device = cuda_device
+        self.arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8, device=cuda_device)
+        self.arena_used = 0
+        self._allocate_state()
         for tensor in program.tensors.values():
             if tensor.data is None:
-                tensor.data = self.empty(tensor.dims, tensor.dtype)
-        self._allocate_state()
+                tensor.data = self.near_empty(tensor.dims, tensor.dtype)
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
         packed = program.pack()
         addresses = {name: program.tensors[name].data.data_ptr() for name in packed.tensor_names}
@@ -201,6 +204,14 @@ class CudaRuntime(Runtime):
 
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(dims, dtype=dtype, device=self.device)
+
+    def near_empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """For what all workers read and write all the time: on one page of memory, as far as it reaches."""
+        begin, num_bytes = self.arena_used, torch.Size(dims).numel() * dtype.itemsize
+        if begin + num_bytes > ARENA_BYTES:
+            return self.empty(dims, dtype)
+        self.arena_used += -(-num_bytes // 256) * 256
+        return self.arena[begin : begin + num_bytes].view(dtype).view(dims)
 
     def host_empty(self, num_words: int) -> torch.Tensor:
         return torch.zeros(num_words, dtype=torch.int64, pin_memory=True)

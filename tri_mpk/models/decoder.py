@@ -116,10 +116,14 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
     embedding = mpk.attach_input(model.model.embed_tokens.weight, name="embed_tokens")
     x = mpk.new_tensor((shape.hidden_size,), torch.float32, name="x")
     mpk.embed_layer(input=mpk.tokens, weight=embedding, output=x, label="embed")
+    # One of each for all layers: rewritten every few microseconds, they stay in the L2 cache and on one page of memory.
+    qkv = mpk.new_tensor((qkv_size,), dtype, name="qkv")
+    parts = mpk.new_attention_parts(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, dtype, name="attention")
+    x_attention = mpk.new_tensor((shape.hidden_size,), torch.float32, name="x_attention")
+    hidden = mpk.new_tensor((model.config.intermediate_size,), dtype, name="hidden")
     for i, layer in enumerate(tqdm(model.model.layers, "packing", disable=not progress, leave=False)):
         at, name = layer.self_attn, f"L{i:02d}"
         weight, bias = pack_rows([at.q_proj, at.k_proj, at.v_proj])
-        qkv = mpk.new_tensor((qkv_size,), dtype, name=f"{name}.qkv")
         mpk.rmsnorm_linear_layer(
             input=x,
             weight_norm=mpk.attach_input(layer.input_layernorm.weight, name=f"{name}.input_norm"),
@@ -133,9 +137,6 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
         k_cache, v_cache = (
             mpk.attach_input(torch.zeros(cache_dims, dtype=dtype, device=device), name=f"{name}.{kind}_cache")
             for kind in "kv"
-        )
-        parts = mpk.new_attention_parts(
-            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, dtype, name=f"{name}.attention"
         )
         mpk.attention_layer(
             input=qkv,
@@ -151,7 +152,6 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             eps=shape.eps,
             label=f"{name} attention",
         )
-        x_attention = mpk.new_tensor((shape.hidden_size,), torch.float32, name=f"{name}.x_attention")
         mpk.attention_output_layer(
             input=parts,
             weight=mpk.attach_input(at.o_proj.weight, name=f"{name}.o_proj"),
@@ -160,7 +160,6 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             output=x_attention,
             label=f"{name} o_proj",
         )
-        hidden = mpk.new_tensor((layer.mlp.gate_proj.weight.shape[0],), dtype, name=f"{name}.hidden")
         mpk.rmsnorm_gated_linear_layer(
             input=x_attention,
             weight_norm=mpk.attach_input(layer.post_attention_layernorm.weight, name=f"{name}.post_norm"),
@@ -170,7 +169,6 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             eps=shape.eps,
             label=f"{name} gate_up",
         )
-        x = mpk.new_tensor((shape.hidden_size,), torch.float32, name=f"{name}.x")
         mpk.linear_with_residual_layer(
             input=hidden,
             weight=mpk.attach_input(layer.mlp.down_proj.weight, name=f"{name}.down_proj"),
