@@ -30,7 +30,8 @@ class GpuProfile:
     sm_clock_hz: float
     bandwidth_bytes_per_s: float  # weights from memory into shared memory
     multiply_bytes_per_s: float  # weights in shared memory, multiplied
-    hop_s: float  # from an event's last signal to the first instruction behind a wait for it
+    hop_s: float  # from an event's last signal to the first instruction behind a wait for it, in quiet memory
+    queue_s: float  # a hop also waits behind the weights under way, at most for so long
     task_s: float  # of a task without weights, without its wait
     round_s: float  # attention: loading blocks of keys and values and using them, beyond what their bytes take
     shared_bytes: int  # shared memory of one block
@@ -116,6 +117,7 @@ def estimated(name: str, properties: dict[str, int]) -> GpuProfile:
         bandwidth_bytes_per_s=STREAMED_OF_PEAK * peak or CAUTIOUS_SM_BYTES_PER_S * num_sms,
         multiply_bytes_per_s=known.multiply_bytes_per_s / known.num_sms * num_sms / slower,
         hop_s=known.hop_s * slower,
+        queue_s=known.queue_s * slower,
         task_s=known.task_s * slower,
         round_s=known.round_s * slower,
         shared_bytes=properties["max_shared_mem"],
