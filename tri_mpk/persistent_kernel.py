@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tri_mpk.errors import DeviceError
-from tri_mpk.gpu_profile import find_profile
+from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.argmax import ARGMAX
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
@@ -82,8 +82,9 @@ class PersistentKernel:
         self.device = tokens.device
         if tuning is not None:
             num_workers = tuning.num_workers
-        self.num_workers = default_num_workers(self.device) if num_workers is None else num_workers
+        check_capability(self.device)
         self.gpu, _ = find_profile(self.device)
+        self.num_workers = default_num_workers(self.device, self.gpu) if num_workers is None else num_workers
         self.tuning = tuning
         self.has_bulk_copies = has_bulk_copies(self.device)
         self.wait_bound_s = wait_bound_s
@@ -428,13 +429,17 @@ def has_bulk_copies(device: torch.device) -> bool:
     return hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
 
 
-def default_num_workers(device: torch.device) -> int:
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-            name = torch.cuda.get_device_name(device)
-            raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return min(4, max(2, os.cpu_count() or 2))
+def default_num_workers(device: torch.device, gpu: GpuProfile) -> int:
+    """One per SM; on a CPU one per core, 2 to 4. Plans on the meta device are for the GPU of their profile."""
+    if device.type == "cpu":
+        return min(4, max(2, os.cpu_count() or 2))
+    return gpu.num_sms
+
+
+def check_capability(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
 
 
 def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
