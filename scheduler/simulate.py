@@ -20,6 +20,7 @@ class WorkerRates:
     multiply_bytes_per_s: float  # weights that are there
     ring_bytes: int  # weights that can be under way or waiting to be used
     slot_bytes: int  # the last slot of a task is used when all of it is there
+    slot_s: float  # of a slot, beyond its bytes
     hop_s: float  # from an event's last signal to the first instruction behind a wait for it, in quiet memory
     queue_s: float  # a hop also waits behind the weights under way, at most for so long
     task_s: float  # of a task without weights: half of it before their first use, half after their last
@@ -30,12 +31,13 @@ class Work:
     """What each task has to do."""
 
     stream_bytes: list[int]  # weights, through the ring
+    stream_slots: list[int]  # that they fill
     load_bytes: list[int]  # what else it loads from memory, after its wait
     latency_s: list[float]  # beyond bytes and `task_s`
 
     @classmethod
     def none(cls, num_tasks: int) -> Work:
-        return cls([0] * num_tasks, [0] * num_tasks, [0.0] * num_tasks)
+        return cls([0] * num_tasks, [0] * num_tasks, [0] * num_tasks, [0.0] * num_tasks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ def _end_of_step(events: Events, schedule: Schedule, work: Work, rates: WorkerRa
         stream = streams[worker_of[task]]
         event = events.wait[task]
         ready = stream.hop(signalled[event]) if event >= 0 else 0.0
-        done = stream.run(ready, work.stream_bytes[task], work.load_bytes[task], work.latency_s[task])
+        busy = rates.task_s + work.stream_slots[task] * rates.slot_s + work.latency_s[task]
+        done = stream.run(ready, work.stream_bytes[task], work.load_bytes[task], busy)
         for signal in events.signals[task]:
             if done > signalled[signal]:
                 signalled[signal] = done
@@ -94,20 +97,20 @@ class _Stream:
         under_way = rates.ring_bytes - self.ahead_at(signalled)
         return signalled + rates.hop_s + min(under_way / rates.stream_bytes_per_s, rates.queue_s)
 
-    def run(self, ready: float, stream_bytes: int, load_bytes: int, latency: float) -> float:
-        """Runs a task that may go on at `ready`. Returns when it is done."""
+    def run(self, ready: float, stream_bytes: int, load_bytes: int, busy: float) -> float:
+        """Runs a task that may go on at `ready` and is busy for so long beyond its bytes. Returns when it is done."""
         rates = self.rates
         start = max(ready, self.free)
         rate = rates.stream_bytes_per_s
         ahead = self.ahead_at(start)
-        done = start + rates.task_s + latency + load_bytes / rate
+        done = start + busy + load_bytes / rate
         if stream_bytes:
             done += stream_bytes / rates.multiply_bytes_per_s
             missing = stream_bytes - ahead
             if missing > 0:
                 last = min(rates.slot_bytes, stream_bytes)
                 arrived = start + missing / rate
-                done = max(done, arrived + last / rates.multiply_bytes_per_s + rates.task_s / 2)
+                done = max(done, arrived + last / rates.multiply_bytes_per_s + rates.slot_s + rates.task_s / 2)
         # from here on the ring may hold what the next tasks need
         self.ahead = min(ahead - stream_bytes + (done - start) * rate, rates.ring_bytes)
         self.free = done

@@ -170,7 +170,7 @@ def test_bench_takes_several_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_tune_shows_what_was_tried(monkeypatch: pytest.MonkeyPatch):
-    knobs = {"num_workers": 4, "slot_bytes": 8192, "prefetch_slots": 0, "block_kv": 32, "num_splits": 2}
+    knobs = {"num_workers": 4, "slot_bytes": 8192, "block_kv": 32, "num_splits": 2}
     trial = knobs | {"estimated_ms": 0.9, "ms": 1.0, "failure": None}
     failed = knobs | {"estimated_ms": None, "ms": None, "failure": "DeviceError: no room"}
     calls = []

@@ -64,7 +64,7 @@ def test_work_adds_up_to_the_bytes_of_a_token(real: tuple[str, Program]):
 @settings(deadline=None, max_examples=20)
 @given(
     faster=st.floats(1, 4), context=st.integers(1, SMALL_CONTEXT),
-    name=st.sampled_from(["bandwidth_bytes_per_s", "multiply_bytes_per_s", "hop_s", "queue_s", "task_s", "round_s"]),
+    name=st.sampled_from(["bandwidth_bytes_per_s", "multiply_bytes_per_s", "slot_s", "hop_s", "queue_s", "task_s"]),
 )  # fmt: skip
 def test_a_better_gpu_is_not_slower(program: Program, faster: float, context: int, name: str):
     value = getattr(H200, name)
@@ -94,6 +94,15 @@ def test_kv_blocks_are_all_blocks_once(program: Program):
         assert len(blocks) == heads * layers * program.tuning.num_splits
     with pytest.raises(ValueError, match="context=0"):
         kv_blocks(program, 0)
+
+
+def test_slots_are_counted_as_the_ring_counts_them(program: Program):
+    """Of 132 workers' 2048 / 132 rows of o_proj, each slot of 32 KiB holds eight: two slots, one of them not full."""
+    work = work_of(program, H200, 1)
+    o_proj = [i for i, task in enumerate(program.graph.tasks) if program.graph.ops[task.op] == "L00 o_proj"]
+    assert {work.stream_slots[i] for i in o_proj} == {2}
+    gate_up = [i for i, task in enumerate(program.graph.tasks) if program.graph.ops[task.op] == "L00 gate_up"]
+    assert {work.stream_slots[i] for i in gate_up} == {16}  # 62 or 63 rows of each matrix
 
 
 def test_knobs_move_the_ring(program: Program):

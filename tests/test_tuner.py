@@ -179,7 +179,7 @@ def test_every_value_makes_a_tuning(num_sms: int, num_kv_heads: int, head_dim: i
         assert getattr(start, knob) in values and values == sorted(set(values))
         for value in values:
             replace(start, **{knob: value})
-        if not ring and knob in ("slot_bytes", "prefetch_slots"):
+        if not ring and knob == "slot_bytes":
             assert len(values) == 1
 
 
@@ -191,6 +191,19 @@ def test_the_estimate_of_two_layers_is_near_that_of_all():
     assert config.num_hidden_layers == 16
     with pytest.raises(DeviceError, match="shared memory"):
         StepEstimate(config, replace(H200, shared_bytes=100_000), torch.bfloat16, [512])(START)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-8B"])
+def test_the_choice_is_what_the_cost_model_thinks_fastest(name: str):
+    """One knob at a time; the number of workers is left to measurements."""
+    config = geometry(name)
+    shape = describe(config, 4096)
+    estimated_ms = StepEstimate(config, H200, torch.bfloat16, [512, 4096])
+    chosen = choose_tuning(H200, shape.num_kv_heads, shape.head_dim)
+    best = estimated_ms(chosen)
+    for knob, values in knob_values(H200, shape, chosen, ring=True).items():
+        if knob != "num_workers":
+            assert all(estimated_ms(replace(chosen, **{knob: value})) >= best for value in values), knob
 
 
 # ---- the whole, with stand-ins for the GPU ----

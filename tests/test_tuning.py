@@ -22,13 +22,13 @@ from tri_mpk.tuning import (
 )
 
 H200 = default_profile()
-SMALL = Tuning(num_workers=4, slot_bytes=8 << 10, prefetch_slots=0, block_kv=32, num_splits=2)
+SMALL = Tuning(num_workers=4, slot_bytes=8 << 10, block_kv=32, num_splits=2)
 
 
 def test_the_choice_for_known_models():
     """Llama-3.2-1B and Qwen3-8B on an H200: what their measurements in bench/NOTES.md were made with."""
-    assert choose_tuning(H200, num_kv_heads=8, head_dim=64) == Tuning(132, 32 << 10, 0, 64, 16)
-    assert choose_tuning(H200, num_kv_heads=8, head_dim=128) == Tuning(132, 32 << 10, 0, 32, 16)
+    assert choose_tuning(H200, num_kv_heads=8, head_dim=64) == Tuning(132, 32 << 10, 64, 16)
+    assert choose_tuning(H200, num_kv_heads=8, head_dim=128) == Tuning(132, 32 << 10, 32, 16)
 
 
 @given(
@@ -65,7 +65,7 @@ def test_faster_memory_wants_larger_slots(factor: float):
     "change",
     [
         {"num_workers": 0}, {"slot_bytes": 3000}, {"slot_bytes": 2 << 10}, {"slot_bytes": 1 << 20},
-        {"prefetch_slots": -1}, {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 128}, {"num_splits": 0},
+        {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 128}, {"num_splits": 0},
         {"num_splits": 2.0}, {"num_workers": True}, {"block_kv": None},
     ],
 )  # fmt: skip
@@ -80,7 +80,7 @@ def test_parse():
     for bad in ({}, [], asdict(SMALL) | {"x": 1}, {"num_workers": 1}):
         with pytest.raises(ValueError, match="has the knobs"):
             Tuning.parse(bad)
-    assert str(SMALL) == "num_workers 4, slot_bytes 8192, prefetch_slots 0, block_kv 32, num_splits 2"
+    assert str(SMALL) == "num_workers 4, slot_bytes 8192, block_kv 32, num_splits 2"
     assert [field.name for field in fields(Tuning)] == list(asdict(SMALL))
 
 
@@ -114,7 +114,7 @@ def add_layers(mpk: PersistentKernel) -> None:
     block_kv=st.sampled_from([16, 64]), num_splits=st.integers(1, 5),
 )  # fmt: skip
 def test_every_knob_reaches_the_cuts(num_workers, slot_bytes, block_kv, num_splits):
-    tuning = Tuning(num_workers, slot_bytes, 0, block_kv, num_splits)
+    tuning = Tuning(num_workers, slot_bytes, block_kv, num_splits)
     mpk = meta_kernel(tuning=tuning)
     add_layers(mpk)
     program = mpk.plan()

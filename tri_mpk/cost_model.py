@@ -31,7 +31,9 @@ def work_of(program: Program, gpu: GpuProfile, context: int) -> Work:
     itemsize = program.constants.weight_dtype.itemsize
     for index, task in enumerate(program.graph.tasks):
         if task.stream is not None:
+            matrices = 1 if task.stream.second is None else 2
             work.stream_bytes[index] = task.cost_bytes
+            work.stream_slots[index] = matrices * -(-task.stream.rows // max(task.stream.slot_rows, 1))
     for index, num_blocks in kv_blocks(program, context).items():
         constants = dict(program.variants[program.graph.tasks[index].variant].constants)
         work.load_bytes[index] = 2 * num_blocks * constants["BLOCK_KV"] * constants["DH"] * itemsize
@@ -45,13 +47,13 @@ def worker_rates(program: Program, gpu: GpuProfile, ring_bytes: int | None = Non
     if ring_bytes is None:
         plan = SharedMemoryPlan.divide(program, COMPILER_SHARED_BYTES, gpu.shared_bytes)
         slot_bytes = plan.slot_bytes
-        # one slot is being read; what is on its way to L2 is nearly there
-        ring_bytes = max(plan.ring_slots - 1 + program.tuning.prefetch_slots, 0) * slot_bytes
+        ring_bytes = max(plan.ring_slots - 1, 0) * slot_bytes  # one slot is being read
     return WorkerRates(
         stream_bytes_per_s=gpu.bandwidth_bytes_per_s / program.num_workers,
         multiply_bytes_per_s=gpu.multiply_bytes_per_s / gpu.num_sms,
         ring_bytes=ring_bytes,
         slot_bytes=slot_bytes,
+        slot_s=gpu.slot_s if program.constants.ring else 0.0,
         hop_s=gpu.hop_s,
         queue_s=gpu.queue_s,
         task_s=gpu.task_s,

@@ -30,6 +30,7 @@ class GpuProfile:
     sm_clock_hz: float
     bandwidth_bytes_per_s: float  # weights from memory into shared memory
     multiply_bytes_per_s: float  # weights in shared memory, multiplied
+    slot_s: float  # of a slot of the weight ring, beyond its bytes
     hop_s: float  # from an event's last signal to the first instruction behind a wait for it, in quiet memory
     queue_s: float  # a hop also waits behind the weights under way, at most for so long
     task_s: float  # of a task without weights, without its wait
@@ -116,6 +117,7 @@ def estimated(name: str, properties: dict[str, int]) -> GpuProfile:
         sm_clock_hz=clock,
         bandwidth_bytes_per_s=STREAMED_OF_PEAK * peak or CAUTIOUS_SM_BYTES_PER_S * num_sms,
         multiply_bytes_per_s=known.multiply_bytes_per_s / known.num_sms * num_sms / slower,
+        slot_s=known.slot_s * slower,
         hop_s=known.hop_s * slower,
         queue_s=known.queue_s * slower,
         task_s=known.task_s * slower,

@@ -41,7 +41,6 @@ from tri_mpk.models import DecoderShape, describe
 from tri_mpk.persistent_kernel import has_bulk_copies
 from tri_mpk.program import Program
 from tri_mpk.tuning import (
-    MAX_PREFETCH_SLOTS,
     MAX_SLOT_BYTES,
     MIN_BLOCK_KV,
     MIN_SLOT_BYTES,
@@ -170,7 +169,6 @@ def knob_values(gpu: GpuProfile, shape: DecoderShape, start: Tuning, ring: bool)
     splits = {start.num_splits // 4, start.num_splits // 2, start.num_splits, 2 * start.num_splits}
     whole_heads = gpu.num_sms // heads * heads  # so many that every worker has equally many splits
     return {
-        "prefetch_slots": [n for n in (0, 1, 2, 4, 8, 16) if n <= MAX_PREFETCH_SLOTS and (ring or n == 0)],
         "slot_bytes": [n for n in powers if MIN_SLOT_BYTES <= n <= MAX_SLOT_BYTES] if ring else [start.slot_bytes],
         "num_splits": sorted(n for n in splits if n),
         "block_kv": [n for n in powers if MIN_BLOCK_KV <= n <= largest_block_kv(shape.head_dim)],

@@ -31,7 +31,6 @@ class Tuning:
 
     num_workers: int  # persistent programs
     slot_bytes: int  # of the weight ring: as many whole rows are requested at once, or one if that is more
-    prefetch_slots: int  # asked for in L2 ahead of what the ring has asked for; 0: none
     block_kv: int  # tokens of the KV cache that attention loads at once
     num_splits: int  # parts of the KV length per KV head, at most
     split_tokens: int  # of a part at least, while there are fewer parts than that
@@ -41,9 +40,9 @@ class Tuning:
             value = getattr(self, field.name)
             if type(value) is not int:
                 raise ValueError(f"{field.name}={value!r} must be an integer")
-        for name, least in (("num_workers", 1), ("prefetch_slots", 0), ("num_splits", 1), ("split_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("num_workers", "num_splits", "split_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, least, most in (
             ("slot_bytes", MIN_SLOT_BYTES, MAX_SLOT_BYTES),
             ("block_kv", MIN_BLOCK_KV, MAX_BLOCK_KV),
@@ -71,7 +70,6 @@ def choose_tuning(gpu: GpuProfile, num_kv_heads: int, head_dim: int, num_workers
     return Tuning(
         num_workers=num_workers,
         slot_bytes=choose_slot_bytes(gpu),
-        prefetch_slots=0,
         block_kv=largest_block_kv(head_dim),
         num_splits=choose_num_splits(num_workers, num_kv_heads),
         split_tokens=SPLIT_TOKENS,

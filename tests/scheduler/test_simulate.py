@@ -13,7 +13,14 @@ from tri_mpk.scheduler import TaskGraph, derive_events, schedule
 from tri_mpk.scheduler.simulate import StepTime, Work, WorkerRates, step_time
 
 RATES = WorkerRates(
-    stream_bytes_per_s=1.0, multiply_bytes_per_s=2.0, ring_bytes=0, slot_bytes=0, hop_s=10.0, queue_s=0.0, task_s=4.0
+    stream_bytes_per_s=1.0,
+    multiply_bytes_per_s=2.0,
+    ring_bytes=0,
+    slot_bytes=0,
+    slot_s=0.0,
+    hop_s=10.0,
+    queue_s=0.0,
+    task_s=4.0,
 )
 INFINITE = float("inf")
 
@@ -24,7 +31,7 @@ def simulate(graph: TaskGraph, num_workers: int, work: Work, rates: WorkerRates)
 
 
 def three(*stream_bytes: int) -> Work:
-    return Work(list(stream_bytes), [0] * 3, [0.0] * 3)
+    return Work(list(stream_bytes), [1] * 3, [0] * 3, [0.0] * 3)
 
 
 def test_three_tasks_in_a_row_by_hand():
@@ -55,9 +62,15 @@ def test_a_hop_waits_behind_weights_under_way_for_a_while():
 
 
 def test_loads_and_latency_come_after_the_wait():
-    work = Work([0] * 3, [0, 7, 0], [0.0, 0.0, 5.0])
+    work = Work([0] * 3, [0] * 3, [0, 7, 0], [0.0, 0.0, 5.0])
     time = simulate(chain(), 1, work, replace(RATES, ring_bytes=100))
     assert time == StepTime(3 * 4 + 3 * 10 + 7 + 5, stream_s=7.0, chain_s=3 * 4 + 3 * 10 + 5)
+
+
+def test_each_slot_costs_its_time():
+    work = Work([20, 0, 0], [5, 0, 0], [0] * 3, [0.0] * 3)
+    rates = replace(RATES, ring_bytes=20, slot_s=3.0)
+    assert simulate(chain(), 1, work, rates).step_s == 10 + 5 * 3 + 3 * 4 + 3 * 10
 
 
 def random_work(draw: st.DrawFn, num_tasks: int) -> Work:
@@ -65,7 +78,7 @@ def random_work(draw: st.DrawFn, num_tasks: int) -> Work:
         return draw(st.lists(values, min_size=num_tasks, max_size=num_tasks))
 
     sizes = st.integers(0, 1000)
-    return Work(numbers(sizes), numbers(sizes), numbers(st.floats(0, 50)))
+    return Work(numbers(sizes), numbers(st.integers(0, 9)), numbers(sizes), numbers(st.floats(0, 50)))
 
 
 @st.composite
@@ -76,6 +89,7 @@ def cases(draw: st.DrawFn) -> tuple[TaskGraph, int, Work, WorkerRates]:
         multiply_bytes_per_s=draw(st.floats(0.5, 50)),
         ring_bytes=draw(st.integers(0, 500)),
         slot_bytes=draw(st.integers(0, 50)),
+        slot_s=draw(st.floats(0, 5)),
         hop_s=draw(st.floats(0, 20)),
         queue_s=draw(st.floats(0, 20)),
         task_s=draw(st.floats(0, 20)),
@@ -100,6 +114,7 @@ def test_bounds_hold_and_faster_machines_are_not_slower(case, faster: float):
         replace(rates, stream_bytes_per_s=INFINITE),
         replace(rates, multiply_bytes_per_s=rates.multiply_bytes_per_s * faster),
         replace(rates, multiply_bytes_per_s=INFINITE),
+        replace(rates, slot_s=rates.slot_s / faster),
         replace(rates, hop_s=rates.hop_s / faster),
         replace(rates, queue_s=rates.queue_s / faster),
     ]
