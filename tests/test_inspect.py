@@ -117,6 +117,7 @@ def test_debug_goes_to_standard_error(tiny: Program, capsys: pytest.CaptureFixtu
     print_debug(tiny)
     out, err = capsys.readouterr()
     assert out == "" and "megakernel_" in err and str(tiny.report) in err
+    assert f"knobs {tiny.tuning}" in err
     for label in tiny.graph.ops:
         assert sum(line.startswith(f"{label}  ") for line in err.splitlines()) == 1, label
 

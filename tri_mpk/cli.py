@@ -132,6 +132,8 @@ def load(
     load_config(name, **hub)  # says most clearly what is wrong with a name
     tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     model = tri_mpk.from_pretrained(name, progress=progress, **parameters, **hub)
+    if progress and model.tuning_source.startswith("measured"):
+        note(f"tri-mpk: the kernel's knobs are those that tri-mpk tune {model.tuning_source}")
     with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
         model.compile()
     return model, tokenizer

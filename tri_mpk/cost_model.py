@@ -41,18 +41,14 @@ def work_of(program: Program, gpu: GpuProfile, context: int) -> Work:
     return work
 
 
-def worker_rates(program: Program, gpu: GpuProfile, ring_bytes: int | None = None) -> WorkerRates:
-    """One of the program's workers on a GPU. `ring_bytes`: None: as much as fits beside what the compiler may take."""
-    slot_bytes = program.tuning.slot_bytes
-    if ring_bytes is None:
-        plan = SharedMemoryPlan.divide(program, COMPILER_SHARED_BYTES, gpu.shared_bytes)
-        slot_bytes = plan.slot_bytes
-        ring_bytes = max(plan.ring_slots - 1, 0) * slot_bytes  # one slot is being read
+def worker_rates(program: Program, gpu: GpuProfile) -> WorkerRates:
+    """One of the program's workers on a GPU. Raises DeviceError when there is no room for its weight ring."""
+    plan = SharedMemoryPlan.divide(program, COMPILER_SHARED_BYTES, gpu.shared_bytes)
     return WorkerRates(
         stream_bytes_per_s=gpu.bandwidth_bytes_per_s / program.num_workers,
         multiply_bytes_per_s=gpu.multiply_bytes_per_s / gpu.num_sms,
-        ring_bytes=ring_bytes,
-        slot_bytes=slot_bytes,
+        ring_bytes=max(plan.ring_slots - 1, 0) * plan.slot_bytes,  # one slot is being read
+        slot_bytes=plan.slot_bytes,
         slot_s=gpu.slot_s if program.constants.ring else 0.0,
         hop_s=gpu.hop_s,
         queue_s=gpu.queue_s,

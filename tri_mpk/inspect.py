@@ -339,6 +339,7 @@ def print_debug(program: Program) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"tri_mpk: kernel {write_source(program.source)}", file=sys.stderr)
     print(f"tri_mpk: {program.report}", file=sys.stderr)
+    print(f"tri_mpk: knobs {program.tuning}", file=sys.stderr)
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
 
