@@ -21,6 +21,7 @@ from tri_mpk.geometries import geometry
 from tri_mpk.gpu_profile import default_profile, estimated, stored
 from tri_mpk.inspect import plan_config
 from tri_mpk.models import describe
+from tri_mpk.runtime import InterpreterRuntime
 from tri_mpk.tuner import MIN_GAIN, Search, StepEstimate, Trial, knob_values, ready_gpu, search, tune
 from tri_mpk.tuning import Tuning, choose_tuning
 from tri_mpk.tuning_store import find_tuning, load_tuning, tuning_path
@@ -258,6 +259,21 @@ def test_a_gpu_that_nobody_measured_is_measured_first_and_once(gpu: Machine, mon
     assert len(calls) == 1
     ready_gpu(None, again=True)
     assert len(calls) == 2
+
+
+def test_a_measurement_checks_the_logits_and_times_each_context(monkeypatch: pytest.MonkeyPatch):
+    """In the interpreter; only the GPU's clock is replaced."""
+    monkeypatch.setattr(tuner, "NUM_TOKENS", 2)
+    monkeypatch.setattr(tuner, "LAUNCHES", 1)
+    monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", 4.0, raising=False)
+    measured_ms = tuner.StepMeasurement(tiny_config(num_layers=1), torch.float32, torch.device("cpu"), [4, 9])
+    tuning = Tuning(num_workers=2, slot_bytes=8192, block_kv=16, num_splits=1)
+    assert measured_ms(tuning) == {4: 2.0, 9: 2.0}
+    assert measured_ms(replace(tuning, num_splits=2, block_kv=32)) == {4: 2.0, 9: 2.0}
+    exact, rounded = measured_ms.references
+    measured_ms.references = exact + 1, rounded + 1
+    with pytest.raises(AssertionError, match="farther from fp32"):
+        measured_ms(tuning)
 
 
 def test_bad_arguments_and_no_gpu():
