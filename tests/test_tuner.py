@@ -143,10 +143,11 @@ def test_the_choice_of_the_cost_model_has_to_run():
 
 def test_values_of_a_knob_come_in_the_order_of_their_estimates():
     machine = Machine(START)
-    machine.estimate = lambda tuning: float(abs(tuning.num_splits - 30))
+    estimates = {4: 1.2, 8: 1.05, 16: 1.0, 32: 0.9}
+    machine.estimate = lambda tuning: estimates[tuning.num_splits]
     machine.search()
     order = [t.num_splits for t in machine.measured if t.num_splits != START.num_splits]
-    assert order == [32, 8, 4]
+    assert order == [32, 8], "4 is 20 % slower than the best, says the model"
 
 
 def test_noise_is_no_gain():

@@ -22,6 +22,7 @@ BLOCK = 16384  # int32 values that a program reads at a time: 64 KiB
 NUM_WARPS = 16
 NUM_HOPS = 1000
 SAMPLES = 7
+WARMUP = 20  # launches until the clocks are up
 WAIT_BOUND_NS = 2_000_000_000
 MAX_BYTES, MIN_BYTES = 4 << 30, 256 << 20  # of the memory to read: many times what L2 holds
 
@@ -120,8 +121,9 @@ def measure_hop(x: torch.Tensor, num_programs: int, loads: bool) -> float:
 
 
 def seconds(launch: Callable[[], None]) -> list[float]:
-    """GPU time of each of a few launches, after one that compiles and warms up."""
-    launch()
+    """GPU time of each of a few launches."""
+    for _ in range(WARMUP):
+        launch()
     times = []
     for _ in range(SAMPLES):
         began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

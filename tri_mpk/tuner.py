@@ -2,7 +2,8 @@
 
 Coordinate descent: one knob after another, all its values in the order of the model's estimates, and again until no
 knob gains anything or the time is up. Every candidate is planned, verified, compiled and checked against the fp32
-reference before it is timed. The search itself (`search`) needs no GPU: what measures is passed in.
+reference before it is timed; what the model thinks far slower is left out. The search itself (`search`) needs no GPU:
+what measures is passed in.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from tri_mpk.tuning_store import StoredTuning, dtype_name, kernel_version, shape
 DEFAULT_CONTEXTS = (512, 4096)
 DEFAULT_SECONDS = 60.0
 MIN_GAIN = 0.003  # less is noise
+WORTH_TRYING = 1.1  # times the estimate of the best: what the cost model thinks slower is not measured
 NUM_TOKENS, LAUNCHES = 32, 10  # per measurement
 
 Times = dict[int, float]  # ms per token by context
@@ -141,7 +143,9 @@ def search(
 def _candidates(
     result: Search, knob: str, values: Sequence[int], estimated_ms: Callable[[Tuning], float]
 ) -> list[tuple[Tuning, float]]:
-    """The best so far with other values of a knob, unless tried before; those that the model thinks fastest first."""
+    """The best so far with other values of a knob, unless tried before or hopeless; those that the model thinks fastest
+    first.
+    """
     tried = {trial.tuning for trial in result.trials}
     candidates = []
     for value in values:
@@ -152,7 +156,8 @@ def _candidates(
             candidates.append((tuning, estimated_ms(tuning)))
         except (TriMpkError, ValueError) as error:  # the cost model sees that there is no such kernel
             result.trials.append(Trial(tuning, math.inf, None, str(error)))
-    return sorted(candidates, key=lambda candidate: candidate[1])
+    hopeless = WORTH_TRYING * result.best.estimated_ms
+    return sorted((c for c in candidates if c[1] <= hopeless), key=lambda candidate: candidate[1])
 
 
 def _try(tuning: Tuning, estimate_ms: float, measured_ms: Callable[[Tuning], Times]) -> Trial:
