@@ -18,7 +18,7 @@ from tri_mpk.program import Program
 from tri_mpk.tuning import choose_tuning
 
 H200 = default_profile()
-# ms per token of bench/NOTES.md; the estimates leave out what nobody has explained yet, so they are lower
+# ms per token of bench/NOTES.md, of the kernel that still had a hop per layer more: it bounds today's from above
 MEASURED = {
     "Llama-3.2-1B": {64: 0.751, 512: 0.758, 4096: 0.845, 32768: 1.456},
     "Qwen3-8B": {64: 3.903, 512: 3.969, 4096: 4.251, 32768: 6.686},
@@ -43,13 +43,13 @@ def real(request: pytest.FixtureRequest) -> tuple[str, Program]:
     return request.param, plan_config(geometry(request.param), torch.bfloat16, 32896)
 
 
-def test_estimates_are_near_what_was_measured_and_quick(real: tuple[str, Program]):
+def test_estimates_are_below_what_was_measured_and_quick(real: tuple[str, Program]):
     name, program = real
     for context, measured in MEASURED[name].items():
         started = time.perf_counter()
         estimated = estimate(program, H200, context).step_s * 1e3
         assert time.perf_counter() - started < 1.0
-        assert 0.88 * measured < estimated < 1.02 * measured, (context, estimated)
+        assert 0.65 * measured < estimated < measured, (context, estimated)
 
 
 def test_work_adds_up_to_the_bytes_of_a_token(real: tuple[str, Program]):
@@ -87,10 +87,11 @@ def test_more_layers_take_longer_in_proportion():
 
 
 def test_kv_blocks_are_all_blocks_once(program: Program):
-    for context in (1, 2, 65, 512, SMALL_CONTEXT):
+    heads, layers = 8, 2
+    for context, active in ((1, 0), (2, 1), (257, 1), (258, 2), (512, 2), (SMALL_CONTEXT, 8)):
         blocks = kv_blocks(program, context)
-        heads, layers = 8, 2
-        assert sum(blocks.values()) == heads * layers * -(-(context - 1) // 64)
+        assert sum(blocks.values()) == heads * layers * -(-(context - 1) // 32)
+        assert sum(count > 0 for count in blocks.values()) == heads * layers * active
         assert len(blocks) == heads * layers * program.tuning.num_splits
     with pytest.raises(ValueError, match="context=0"):
         kv_blocks(program, 0)

@@ -61,7 +61,7 @@ def test_facts_add_up(program: Program):
 
 
 def test_fusion_makes_few_events_of_many_pairs(program: Program):
-    """o_proj's 132 tasks each wait for all merges: pairs before, one event after."""
+    """o_proj's 132 tasks each wait for all of attention: pairs before, one event after."""
     facts = inspect_program(program, default_profile(), 4096)["fusion"]
     assert facts["events_before"] > 100 * facts["events_after"]
     assert facts["max_waits_before"] >= 128 and facts["waits_per_task_before"] > 50
@@ -76,12 +76,11 @@ def test_the_estimate_is_above_its_bounds(program: Program):
 
 
 def test_coverage_by_hand(tiny: Program):
-    """2 KV heads, split over 8 workers: with one token only the last split of each head has something."""
+    """2 KV heads, split over 8 workers: with one token only the first split of each head has something."""
     assert attention_coverage(tiny, 1)["busy_workers"] == 2
     attention = attention_coverage(tiny, 512)
     assert attention["splits"] * 2 >= 8
-    blocks = -(-511 // attention["block_kv"])
-    assert attention["busy_workers"] == min(8, 2 * min(blocks, attention["splits"]))
+    assert attention["busy_workers"] == 2 * -(-511 // tiny.tuning.split_tokens)
     with pytest.raises(ValueError, match="context=0"):
         attention_coverage(tiny, 0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from tri_mpk.gpu_profile import GpuProfile
-from tri_mpk.program import Program, SharedMemoryPlan
+from tri_mpk.program import NUM_WARPS, Program, SharedMemoryPlan
 from tri_mpk.scheduler.simulate import StepTime, Work, WorkerRates, step_time
 
-COMPILER_SHARED_BYTES = 22_528  # what Triton takes for itself in the kernels of real models; a guess before compiling
-BLOCKS_PER_ROUND = 2  # blocks of keys and values that attention has under way at once
+COMPILER_SHARED_BYTES = 1024  # what Triton takes for itself, at most, in the kernels of real models with a ring
 
 
 def kv_blocks(program: Program, context: int) -> dict[int, int]:
@@ -15,14 +17,25 @@ def kv_blocks(program: Program, context: int) -> dict[int, int]:
     if context < 1:
         raise ValueError(f"context={context} must be at least 1, the new token itself")
     blocks = {}
-    for index, task in enumerate(program.graph.tasks):
-        variant = program.variants[task.variant]
-        if variant.op.name == "attention":
-            constants = dict(variant.constants)
-            num_splits, num_blocks = constants["NUM_SPLITS"], -(-(context - 1) // constants["BLOCK_KV"])
-            _, split = task.tile
-            blocks[index] = (split + 1) * num_blocks // num_splits - split * num_blocks // num_splits
+    for index, constants in _tasks_of(program, "attention"):
+        _, split = program.graph.tasks[index].tile
+        num_splits, num_blocks = active_splits(constants, context), -(-(context - 1) // constants["BLOCK_KV"])
+        span = (split + 1) * num_blocks // num_splits - split * num_blocks // num_splits
+        blocks[index] = span if split < num_splits else 0
     return blocks
+
+
+def active_splits(constants: dict[str, int], context: int) -> int:
+    """As tri_mpk.ops.attention.active_splits says in the kernel."""
+    return min(max(-(-(context - 1) // constants["SPLIT_TOKENS"]), 1), constants["NUM_SPLITS"])
+
+
+def _tasks_of(program: Program, op: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The tasks of an op, with their compile-time constants."""
+    constants = {i: dict(v.constants) for i, v in enumerate(program.variants) if v.op.name == op}
+    for index, task in enumerate(program.graph.tasks):
+        if task.variant in constants:
+            yield index, constants[task.variant]
 
 
 def work_of(program: Program, gpu: GpuProfile, context: int) -> Work:
@@ -34,10 +47,15 @@ def work_of(program: Program, gpu: GpuProfile, context: int) -> Work:
             matrices = 1 if task.stream.second is None else 2
             work.stream_bytes[index] = task.cost_bytes
             work.stream_slots[index] = matrices * -(-task.stream.rows // max(task.stream.slot_rows, 1))
-    for index, num_blocks in kv_blocks(program, context).items():
-        constants = dict(program.variants[program.graph.tasks[index].variant].constants)
-        work.load_bytes[index] = 2 * num_blocks * constants["BLOCK_KV"] * constants["DH"] * itemsize
-        work.latency_s[index] = -(-num_blocks // BLOCKS_PER_ROUND) * gpu.round_s
+    blocks = kv_blocks(program, context)
+    for index, constants in _tasks_of(program, "attention"):
+        at_once = NUM_WARPS if constants["BY_WARPS"] else 1
+        work.load_bytes[index] = 2 * blocks[index] * constants["BLOCK_KV"] * constants["DH"] * itemsize
+        work.latency_s[index] = -(-blocks[index] // at_once) * gpu.round_s
+    for index, constants in _tasks_of(program, "attention_output"):
+        # parts come from L2, about as fast as weights can be multiplied
+        part_bytes = active_splits(constants, context) * constants["K"] * itemsize
+        work.latency_s[index] = part_bytes * gpu.num_sms / gpu.multiply_bytes_per_s
     return work
 
 

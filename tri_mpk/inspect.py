@@ -170,7 +170,7 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
 def attention_coverage(program: Program, context: int) -> dict[str, float | int]:
     """How many workers have some of the KV cache to read when the new token is number `context` of its sequence.
 
-    A split without a block of older tokens is empty, but the last one has the new token. The least over all layers.
+    A split without a block of older tokens is empty, but the first one has the new token. The least over all layers.
     """
     worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
     busy: dict[int, set[int]] = {}
@@ -181,7 +181,7 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
         num_splits, block_kv = constants["NUM_SPLITS"], constants["BLOCK_KV"]
         _, split = task.tile
         workers = busy.setdefault(task.op, set())
-        if num_blocks or split == num_splits - 1:
+        if num_blocks or split == 0:
             workers.add(worker_of[index])
     num_busy = min(map(len, busy.values()), default=0)
     return {
