@@ -492,7 +492,7 @@ def tune(
     check_compiler()
     if model is None and geometry is None:
         _, profile, _ = ready_gpu(device, again=True)
-        print_profile(asdict(profile), as_json)
+        print_gpu(asdict(profile), as_json)
         return
     result = tune_model(
         named_config(model, geometry), context or DEFAULT_CONTEXTS, seconds=seconds, dtype=dtype, device=device,
@@ -504,7 +504,7 @@ def tune(
         print_tuning(result)
 
 
-def print_profile(profile: dict[str, Any], as_json: bool) -> None:
+def print_gpu(profile: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(profile))
         return
