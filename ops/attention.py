@@ -562,14 +562,6 @@ def attention_tile(
     return ring
 
 
-def choose_splits(num_kv_heads: int, num_workers: int) -> int:
-    """Splits per KV head so that at least 95 % of the workers have one, in one round where that is possible."""
-    num_splits = max(1, num_workers // num_kv_heads)
-    while num_kv_heads * num_splits < 0.95 * num_workers:
-        num_splits += 1
-    return num_splits
-
-
 def cut_attention(
     machine: Machine,
     *,
@@ -583,6 +575,7 @@ def cut_attention(
     lse: TensorHandle,
     num_q_heads: int,
     scale: float,
+    block_kv: int,
     split_tokens: int,
     q_norm: TensorHandle | None = None,
     k_norm: TensorHandle | None = None,
@@ -620,7 +613,7 @@ def cut_attention(
             # what the tensor cores take; 16 is the least of tl.dot
             "BLOCK_H": 8 if by_warps else next_power_of_2(max(group, 16)),
             "BLOCK_DH": next_power_of_2(head_dim),
-            "BLOCK_KV": block_kv(head_dim),
+            "BLOCK_KV": block_kv,
         },
         pointers,
     )
@@ -663,11 +656,6 @@ def attention_torch(
     values = torch.cat((v_cache, v[None])).float().repeat_interleave(q.shape[0] // k.shape[0], 1)
     weights = torch.softmax(torch.einsum("hd,thd->ht", q.float(), keys) * scale, -1)
     return torch.einsum("ht,thd->hd", weights, values)
-
-
-def block_kv(head_dim: int) -> int:
-    """Tokens that are read at a time: 32, or 16 of long heads, whose keys and values fill half a warp's registers."""
-    return 32 if head_dim <= 64 else 16
 
 
 def default_scale(head_dim: int) -> float:

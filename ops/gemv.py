@@ -539,11 +539,11 @@ def inverse_rms(
 
 
 def slot_rows(k: int, machine: Machine) -> int:
-    """Rows of K weights that are read at a time: at most 16, a power of two, and 32 KiB if that is more than one."""
+    """Rows of K weights that are read at a time: a power of two, at most 16, and within a slot unless it is one row."""
     if not machine.ring:
         return 0
     rows = 16
-    while rows > 1 and rows * k * 2 > 32 << 10:
+    while rows > 1 and rows * k * 2 > machine.slot_bytes:
         rows //= 2
     return rows
 

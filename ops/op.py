@@ -56,7 +56,11 @@ class Machine:
 
     num_workers: int
     block_n: int  # rows of a weight tile, where there is no ring
-    ring: bool  # weights come through rings in shared memory
+    slot_bytes: int  # of the weight rings in shared memory; 0: there are none
+
+    @property
+    def ring(self) -> bool:
+        return self.slot_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,12 +30,16 @@ def derive_events(graph: TaskGraph) -> Events:
     for task, producers in enumerate(_reduced_dependencies(graph)):
         if producers:
             consumers_of[producers].append(task)
+    sizes = [producers.bit_count() for producers in consumers_of]
+    num_pairs = sum(size * len(consumers) for size, consumers in zip(sizes, consumers_of.values(), strict=True))
     edges = {
         edge: Event(_members(producers), consumers, producers.bit_count())
         for edge, (producers, consumers) in enumerate(consumers_of.items())
     }
     _fit_signal_slots(graph, edges)
-    return _number(len(graph.tasks), edges)
+    events = _number(len(graph.tasks), edges)
+    events.num_pairs, events.max_pairs = num_pairs, max(sizes, default=0)
+    return events
 
 
 def _reduced_dependencies(graph: TaskGraph) -> list[int]:

@@ -98,6 +98,8 @@ class Events:
     events: list[Event]
     wait: list[int]
     signals: list[list[int]]
+    num_pairs: int = 0  # (producer, consumer) pairs of tasks that had to be ordered, before sets of them were fused
+    max_pairs: int = 0  # the most of one consumer
 
 
 STEP_EVENT = 0

@@ -26,11 +26,11 @@ import torch
 from tri_mpk.aot import compile_for, resources
 from tri_mpk.generator import write_source
 from tri_mpk.geometries import geometry
-from tri_mpk.inspect import H100_NUM_WORKERS, plan_config
+from tri_mpk.inspect import plan_config
 from tri_mpk.program import SharedMemoryPlan
 config = geometry(sys.argv[1])
 config.num_hidden_layers = 2
-program = plan_config(config, torch.bfloat16, 8192, H100_NUM_WORKERS, profile=sys.argv[2:] == ["profile"])
+program = plan_config(config, torch.bfloat16, 8192, profile=sys.argv[2:] == ["profile"])
 kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
 print(json.dumps(resources(kernel) | dataclasses.asdict(plan)))

@@ -33,10 +33,10 @@ from tri_mpk.benchmark import (
     save_report,
 )
 from tri_mpk.errors import DeviceError
-from tri_mpk.generator import cache_dir
 from tri_mpk.loading import from_model, random_model
 from tri_mpk.reference import reference_logits
 from tri_mpk.runtime import InterpreterRuntime
+from tri_mpk.store import cache_dir
 
 REPOSITORY = Path(__file__).parent.parent
 FIXTURE = Path(__file__).parent / "fixtures" / "bench"

@@ -18,7 +18,7 @@ from tri_mpk.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "demos/tiny")
-COMMANDS = ["generate", "chat", "inspect", "compile", "bench", "profile"]
+COMMANDS = ["generate", "chat", "inspect", "compile", "tune", "bench", "profile"]
 
 
 def invoke(*arguments: str, **options: object):
@@ -81,6 +81,9 @@ def test_inspect_json():
     assert facts["tasks"] == facts["verify"]["tasks"] > 10_000
     assert facts["attention"]["context"] == 4096 and facts["attention"]["coverage"] >= 0.95
     assert facts["hops_per_layer"] <= 6
+    assert facts["estimate"]["gpu"] == "NVIDIA H200" and 0.5 < facts["estimate"]["ms"] < 1.0
+    assert facts["tuning"]["num_workers"] == 132 and facts["tuning_source"] == "cost model"
+    assert facts["fusion"]["events_after"] == facts["events"]
     assert Path(facts["kernel"]).is_file()
     for op in facts["ops"]:
         if op["bytes"] >= op["calls"] * (4 << 20):
@@ -91,7 +94,7 @@ def test_inspect_json():
 def test_inspect_reads_a_config_file_and_says_so_without_a_gpu():
     result = invoke("inspect", f"{TINY}/config.json", "--num-workers", "16", "--all")
     assert result.exit_code == 0 and result.stderr == ""
-    for text in ("L03 gate_up", "16 workers", "verified", "hops", "attention", "megakernel_"):
+    for text in ("L03 gate_up", "16 workers", "verified", "hops", "attention", "megakernel_", "ms per token", "knobs"):
         assert text in result.stdout
 
 
@@ -116,6 +119,9 @@ def test_dot(tmp_path: Path):
         (["inspect", TINY, "--num-workers", "8", "--dot", "-", "--layer", "9"], ["0 to 3"]),
         (["inspect", str(ROOT)], ["no config.json"]),
         (["compile", "--geometry", "Qwen3-8B", "--target", "gfx942"], ["gfx942", "sm_90"]),
+        (["tune", "--geometry", "Qwen3-8B", "--device", "cpu"], ["CUDA GPU", "'cpu'", "tri-mpk inspect"]),
+        (["tune", TINY, "--geometry", "Qwen3-8B"], ["either MODEL or --geometry"]),
+        (["generate", TINY, "text", "--tuning", f"{TINY}/config.json"], ["config.json holds no tuning", "slot_bytes"]),
         (["generate", "./missing", "text"], ["./missing"]),
         (["generate", str(ROOT), "text"], ["no config.json"]),
         (["chat", TINY], ["no chat template", "tri-mpk generate"]),
@@ -161,6 +167,36 @@ def test_bench_takes_several_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert calls[1][2]["baseline"] is False and calls[3][2]["launches"] == 3
     assert invoke("bench", "--geometry", "a", "--context").exit_code == 2
     assert invoke("bench", "--geometry", "a", "--context", "0").exit_code == 2
+
+
+def test_tune_shows_what_was_tried(monkeypatch: pytest.MonkeyPatch):
+    knobs = {"num_workers": 4, "slot_bytes": 8192, "block_kv": 32, "num_splits": 2}
+    trial = knobs | {"estimated_ms": 0.9, "ms": 1.0, "failure": None}
+    failed = knobs | {"estimated_ms": None, "ms": None, "failure": "DeviceError: no room"}
+    calls = []
+
+    def tune(config, contexts, **options: object) -> dict:
+        calls.append((config.model_type, list(contexts), options["seconds"], options["measure_gpu"]))
+        return {
+            "best": knobs, "best_ms": 1.0, "chosen_ms": 1.1, "trials": [trial, failed], "outcome": "interrupted",
+            "file": "tuned.json",
+        }  # fmt: skip
+
+    monkeypatch.setattr("tri_mpk.tuner.tune", tune)
+    result = invoke("tune", TINY, "--context", "64", "128", "--seconds", "5", "--measure")
+    assert result.exit_code == 0, result.stderr
+    for text in ("-9.1%", "interrupted", "tuned.json", "no room", "slot_bytes 8192"):
+        assert text in result.stdout
+    assert json.loads(invoke("tune", TINY, "--json").stdout)["best"] == knobs
+    assert calls == [("llama", [64, 128], 5.0, True), ("llama", [512, 4096], 60.0, False)]
+
+
+def test_tune_without_a_model_measures_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    from tri_mpk.gpu_profile import default_profile
+
+    monkeypatch.setattr("tri_mpk.tuner.ready_gpu", lambda device, again: (device, default_profile(), "measured now"))
+    assert json.loads(invoke("tune", "--json").stdout)["num_sms"] == 132
+    assert "bandwidth_bytes_per_s" in invoke("tune").stdout
 
 
 def test_generate_on_a_cpu():

@@ -23,6 +23,7 @@ from tri_mpk.loading import empty_model
 from tri_mpk.model import CausalLM
 from tri_mpk.program import Program
 from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.store import cache_dir
 
 META = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,9 +145,9 @@ def test_imports_as_a_module(tmp_path, monkeypatch, source):
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("TRI_MPK_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert generator.cache_dir() == tmp_path / "tri_mpk"
+    assert cache_dir() == tmp_path / "tri_mpk"
     monkeypatch.setenv("TRI_MPK_CACHE", str(tmp_path / "elsewhere"))
-    assert generator.cache_dir() == tmp_path / "elsewhere"
+    assert cache_dir() == tmp_path / "elsewhere"
 
 
 def test_golden_file():

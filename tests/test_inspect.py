@@ -9,6 +9,7 @@ import torch
 
 from tri_mpk.errors import CheckpointError, UnsupportedModelError
 from tri_mpk.geometries import geometry
+from tri_mpk.gpu_profile import default_profile
 from tri_mpk.inspect import (
     attention_coverage,
     critical_path,
@@ -49,7 +50,7 @@ def test_large_ops_are_balanced(program: Program):
 
 
 def test_facts_add_up(program: Program):
-    facts = inspect_program(program, 4096)
+    facts = inspect_program(program, default_profile(), 4096)
     ops = facts["ops"]
     assert sum(op["tasks"] for op in ops) == facts["tasks"] == facts["verify"]["tasks"] == len(program.graph.tasks)
     assert sum(op["bytes"] for op in ops) == facts["bytes"]
@@ -59,13 +60,27 @@ def test_facts_add_up(program: Program):
     assert Path(facts["kernel"]).read_text() == program.source
 
 
+def test_fusion_makes_few_events_of_many_pairs(program: Program):
+    """o_proj's 132 tasks each wait for all of attention: pairs before, one event after."""
+    facts = inspect_program(program, default_profile(), 4096)["fusion"]
+    assert facts["events_before"] > 100 * facts["events_after"]
+    assert facts["max_waits_before"] >= 128 and facts["waits_per_task_before"] > 50
+    assert facts["max_waits_after"] == 1 >= facts["waits_per_task_after"] > 0.9
+    assert 1 <= facts["signals_per_task_after"] <= facts["max_signals_after"] <= 4
+
+
+def test_the_estimate_is_above_its_bounds(program: Program):
+    facts = inspect_program(program, default_profile(), 4096)["estimate"]
+    assert facts["gpu"] == "NVIDIA H200" and facts["context"] == 4096
+    assert 0 < max(facts["stream_ms"], facts["chain_ms"]) < facts["ms"]
+
+
 def test_coverage_by_hand(tiny: Program):
-    """2 KV heads, split over 8 workers: with one token only the last split of each head has something."""
+    """2 KV heads, split over 8 workers: with one token only the first split of each head has something."""
     assert attention_coverage(tiny, 1)["busy_workers"] == 2
     attention = attention_coverage(tiny, 512)
     assert attention["splits"] * 2 >= 8
-    blocks = -(-511 // attention["block_kv"])
-    assert attention["busy_workers"] == min(8, 2 * min(blocks, attention["splits"]))
+    assert attention["busy_workers"] == 2 * -(-511 // tiny.tuning.split_tokens)
     with pytest.raises(ValueError, match="context=0"):
         attention_coverage(tiny, 0)
 
@@ -101,6 +116,7 @@ def test_debug_goes_to_standard_error(tiny: Program, capsys: pytest.CaptureFixtu
     print_debug(tiny)
     out, err = capsys.readouterr()
     assert out == "" and "megakernel_" in err and str(tiny.report) in err
+    assert f"knobs {tiny.tuning}" in err
     for label in tiny.graph.ops:
         assert sum(line.startswith(f"{label}  ") for line in err.splitlines()) == 1, label
 

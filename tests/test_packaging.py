@@ -136,4 +136,7 @@ def test_wheel_adds_one_name_and_the_command(wheel):
     sources = {f"tri_mpk/{p.relative_to(ROOT)}" for d in ("ops", "scheduler") for p in (ROOT / d).rglob("*.py")}
     sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "tri_mpk").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
+    assert {name for name in names if name.endswith(".json")} == {
+        f"tri_mpk/gpus/{path.name}" for path in (ROOT / "tri_mpk/gpus").iterdir()
+    }
     assert "tri-mpk = tri_mpk.cli:main" in entry_points

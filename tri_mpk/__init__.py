@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from tri_mpk.loading import from_config, from_model, from_pretrained
     from tri_mpk.model import CausalLM
     from tri_mpk.persistent_kernel import PersistentKernel
+    from tri_mpk.tuning import Tuning
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CausalLM": "tri_mpk.model",
     "PersistentKernel": "tri_mpk.persistent_kernel",
+    "Tuning": "tri_mpk.tuning",
     "from_config": "tri_mpk.loading",
     "from_model": "tri_mpk.loading",
     "from_pretrained": "tri_mpk.loading",

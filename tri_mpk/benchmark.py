@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from tri_mpk.baseline import copy_bandwidth_gbps, measure_baseline
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import write_source
 from tri_mpk.geometries import GEOMETRIES, geometry, weight_bytes
+from tri_mpk.gpu_profile import find_profile
 from tri_mpk.loading import check_memory, from_model, random_model, resolve_device, resolve_dtype
 from tri_mpk.model import PAGE_SIZE, CausalLM
 from tri_mpk.models import describe
 from tri_mpk.profiler import Profile
 from tri_mpk.reference import reference_logits
 from tri_mpk.runtime import RECORDED_STEPS, LaunchRequest
+from tri_mpk.tuning_store import load_tuning
 
 DEFAULT_CONTEXTS = (64, 512, 4096)
 CHECKED_CONTEXTS = (512, 4096)  # where a row's logits are compared with the reference
@@ -150,11 +152,19 @@ def check_logits(model: CausalLM, hf_model: nn.Module, position: int, token: int
     Returns: rel_l2, rel_l2_bf16, kl, kl_bf16.
     Raises: AssertionError when ours is farther away than bf16.
     """
+    exact, rounded = references(model, hf_model, position, token)
+    return compare_logits(logits_at(model, position, token), exact, rounded, position)
+
+
+def references(model: CausalLM, hf_model: nn.Module, position: int, token: int) -> tuple[Tensor, Tensor]:
+    """Logits [V] of the fp32 and of the bf16 reference on the model's cache."""
     cache = dense_cache(model, position)
     at = (torch.tensor([token], device=model.device), position)
-    exact = reference_logits(hf_model, *cache, *at)[0]
-    rounded = reference_logits(hf_model, *cache, *at, dtype=torch.bfloat16)[0]
-    ours = logits_at(model, position, token)
+    return reference_logits(hf_model, *cache, *at)[0], reference_logits(hf_model, *cache, *at, dtype=torch.bfloat16)[0]
+
+
+def compare_logits(ours: Tensor, exact: Tensor, rounded: Tensor, position: int) -> dict[str, float]:
+    """Distances to the fp32 reference: ours and the bf16 reference's. AssertionError if ours is the larger."""
     result = {
         "rel_l2": relative_l2(ours, exact),
         "rel_l2_bf16": relative_l2(rounded, exact),
@@ -230,6 +240,7 @@ class Subject:
                 "max_seq_len": self.model.max_seq_len,
                 "page_size": PAGE_SIZE,
                 "num_workers": self.model.kernel.num_workers,
+                "tuning": asdict(self.model.kernel.tuning),
             },
             "baseline_version": f"torch.compile {torch.__version__}" if self.baseline else None,
             "copy_gbps": self.copy_gbps,
@@ -246,12 +257,12 @@ def kv_bytes(model: CausalLM, context: int) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * context * model.dtype.itemsize
 
 
-def bench_device(device: torch.device | str | None) -> torch.device:
+def bench_device(device: torch.device | str | None, what: str = "the benchmark measures") -> torch.device:
     """The GPU to measure. Raises DeviceError when there is none."""
     wanted = torch.device("cuda" if device is None else device)
     if wanted.type != "cuda" or not torch.cuda.is_available():
         found = "PyTorch sees no CUDA GPU here" if wanted.type == "cuda" else f"got device={str(wanted)!r}"
-        raise DeviceError(f"the benchmark measures a CUDA GPU, but {found}; run it on a machine with device='cuda'")
+        raise DeviceError(f"{what} a CUDA GPU, but {found}; run it on a machine with device='cuda'")
     return resolve_device(wanted)
 
 
@@ -291,8 +302,12 @@ def prepare(
         measured = {row["context"]: row for row in measure_baseline(hf_model, contexts)}
     free_memory()
 
+    # looked up now: below, the caches are empty
+    stored = load_tuning(find_profile(device)[0], describe(config, max_seq_len), dtype)
+    tuning = None if stored is None else stored.tuning
+
     def build() -> CausalLM:
-        return from_model(hf_model, max_seq_len=max_seq_len, progress=progress)
+        return from_model(hf_model, max_seq_len=max_seq_len, tuning=tuning, progress=progress)
 
     say("our kernel, with empty caches")
     with empty_caches():

@@ -1,4 +1,4 @@
-"""`tri-mpk`: generate, chat, inspect, compile, bench and profile from a shell.
+"""`tri-mpk`: generate, chat, inspect, compile, tune, bench and profile from a shell.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed while running, 2 bad
 input or unsupported model or device, 130 interrupted. torch and transformers are imported inside the commands.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from tri_mpk.terminal import (
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+    from tri_mpk.gpu_profile import GpuProfile
     from tri_mpk.model import CausalLM
     from tri_mpk.profiler import Profile
     from tri_mpk.program import Program
@@ -68,6 +70,10 @@ MaxSeqLenOption = Annotated[
     int | None, typer.Option(min=2, help="Prompt and new tokens together; default: 4096, or the model's limit if less.")
 ]
 NumWorkersOption = Annotated[int | None, typer.Option(min=1, help="Persistent programs; default: one per SM.")]
+TuningOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The kernel's knobs as JSON; default: what tri-mpk tune stored, or a choice."),
+]
 WaitBoundOption = Annotated[float, typer.Option(min=0.001, help="Longest wait inside the kernel, in seconds.")]
 ProgressOption = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress on standard error.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -107,7 +113,7 @@ def hub_options(revision: str | None, cache_dir: str | None, local_files_only: b
 
 
 def load(
-    name: str, hub: dict[str, object], progress: bool, **parameters: object
+    name: str, hub: dict[str, object], progress: bool, tuning: Path | None = None, **parameters: object
 ) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """Model and tokenizer, with the kernel compiled."""
     from transformers import AutoTokenizer
@@ -116,13 +122,18 @@ def load(
     import tri_mpk
     from tri_mpk.aot import check_compiler
     from tri_mpk.inspect import load_config
+    from tri_mpk.tuning_store import read_tuning
 
     check_compiler()
+    if tuning is not None:
+        parameters["tuning"] = read_tuning(tuning)
     if not progress:
         logging.disable_progress_bar()
     load_config(name, **hub)  # says most clearly what is wrong with a name
     tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     model = tri_mpk.from_pretrained(name, progress=progress, **parameters, **hub)
+    if progress and model.tuning_source.startswith("measured"):
+        note(f"tri-mpk: the kernel's knobs are those that tri-mpk tune {model.tuning_source}")
     with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
         model.compile()
     return model, tokenizer
@@ -159,6 +170,7 @@ def generate(
     device: DeviceOption = None,
     num_workers: NumWorkersOption = None,
     wait_bound_s: WaitBoundOption = 10.0,
+    tuning: TuningOption = None,
     eos_token_id: EosOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text while it is made.")] = True,
     as_json: JsonOption = False,
@@ -177,7 +189,7 @@ def generate(
     text = read_prompt(prompt)
     lm, tokenizer = load(
         model, hub_options(revision, cache_dir, local_files_only), progress, dtype=dtype, device=device,
-        max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
+        max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s, tuning=tuning,
     )  # fmt: skip
     from transformers import TextStreamer
 
@@ -225,6 +237,7 @@ def chat(
     device: DeviceOption = None,
     num_workers: NumWorkersOption = None,
     wait_bound_s: WaitBoundOption = 10.0,
+    tuning: TuningOption = None,
     eos_token_id: EosOption = None,
     revision: RevisionOption = None,
     cache_dir: CacheDirOption = None,
@@ -250,7 +263,7 @@ def chat(
         raise ValueError(f"{model} has no chat template, so it is no chat model; try: tri-mpk generate {model} PROMPT")
     lm, tokenizer = load(
         model, hub, progress, dtype=dtype, device=device, max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s,
+        wait_bound_s=wait_bound_s, tuning=tuning,
     )  # fmt: skip
     parameters = greedy_parameters(lm.generation_config)
     if eos_token_id:
@@ -258,7 +271,19 @@ def chat(
     converse(lm, tokenizer, system, max_new_tokens, parameters)
 
 
-# ---- inspect, compile, bench ----
+# ---- inspect, compile, tune, bench ----
+
+
+def named_config(model: str | None, geometry: str | None) -> PreTrainedConfig:
+    from tri_mpk.geometries import geometry as named_geometry
+    from tri_mpk.inspect import load_config
+    from tri_mpk.models import describe
+
+    if (model is None) == (geometry is None):
+        raise ValueError("give either MODEL or --geometry NAME")
+    config = named_geometry(geometry) if geometry else load_config(model)
+    describe(config, 2)  # before anything else is read from the config of an unknown family
+    return config
 
 
 def planned(
@@ -268,36 +293,34 @@ def planned(
     max_seq_len: int | None,
     num_workers: int | None,
     bulk_copies: bool = True,
-) -> tuple[Program, dict[str, object]]:
-    """The program for a model's GPU form, and what it was planned for."""
+) -> tuple[Program, GpuProfile, dict[str, object]]:
+    """The program for a model's GPU form, the GPU, and what else it was planned for."""
     import torch
 
     from tri_mpk.aot import check_compiler
-    from tri_mpk.geometries import geometry as named_geometry
-    from tri_mpk.inspect import H100_NUM_WORKERS, load_config, plan_config
+    from tri_mpk.gpu_profile import find_profile
+    from tri_mpk.inspect import plan_config
     from tri_mpk.loading import resolve_dtype, resolve_max_seq_len
     from tri_mpk.models import describe
-    from tri_mpk.persistent_kernel import default_num_workers
+    from tri_mpk.tuning_store import find_tuning
 
     check_compiler()
-    if (model is None) == (geometry is None):
-        raise ValueError("give either MODEL or --geometry NAME")
-    config: PreTrainedConfig = named_geometry(geometry) if geometry else load_config(model)
-    if num_workers is None and torch.cuda.is_available():
-        num_workers = default_num_workers(torch.device("cuda"))
-    elif num_workers is None:
-        num_workers = H100_NUM_WORKERS
-        note(f"tri-mpk: no GPU here, so planning for the {num_workers} SMs of an H100 or H200 (see --num-workers)")
-    describe(config, 2)  # before anything else is read from the config of an unknown family
+    config = named_config(model, geometry)
+    gpu, gpu_source = find_profile(torch.device("cuda" if torch.cuda.is_available() else "meta"))
+    if num_workers is None and not torch.cuda.is_available():
+        note(f"tri-mpk: no GPU here, so planning for an {gpu.name} with {gpu.num_sms} SMs (see --num-workers)")
     resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
     resolved_len = resolve_max_seq_len(max_seq_len, config)
-    program = plan_config(config, resolved_dtype, resolved_len, num_workers, bulk_copies)
+    tuning, tuning_source = find_tuning(gpu, describe(config, resolved_len), resolved_dtype, num_workers)
+    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning)
     facts = {
         "model": geometry or model,
         "dtype": str(resolved_dtype).removeprefix("torch."),
         "max_seq_len": resolved_len,
+        "gpu_source": gpu_source,
+        "tuning_source": tuning_source,
     }
-    return program, facts
+    return program, gpu, facts
 
 
 @app.command()
@@ -318,7 +341,7 @@ def inspect(
     ] = None,
     layer: Annotated[str, typer.Option(help="Layer for --dot: a number, or all.")] = "0",
 ) -> None:
-    """Plan a kernel without weights or a GPU and show its tasks, events, balance and critical path.
+    """Plan a kernel without weights or a GPU and show its tasks, events, balance, critical path and estimated time.
 
     \b
     Examples:
@@ -331,11 +354,11 @@ def inspect(
 
     if layer != "all" and not layer.isdigit():
         raise ValueError(f"--layer {layer} is not supported; give a number or all")
-    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    program, gpu, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
     longest = int(facts["max_seq_len"])
     if context is not None and context > longest:
         raise ValueError(f"--context {context} is more than max_seq_len={longest}; raise --max-seq-len")
-    facts |= inspect_program(program, context or min(4096, longest), per_op)
+    facts |= inspect_program(program, gpu, context or min(4096, longest), per_op)
     if dot is not None:
         text = as_dot(program, None if layer == "all" else int(layer))
         if dot == "-":
@@ -364,9 +387,27 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print("KiB: of one call, busiest worker and mean over all workers; the most uneven call of each row")
     print(
         f"step       {facts['tasks']} tasks, {facts['events']} events, {facts['variants']} variants,"
-        f" {facts['bytes'] / 1e9:.3f} GB; busiest worker / mean {facts['imbalance']:.3f}"
+        f" {facts['bytes'] / 1e9:.3f} GB"
+    )
+    print(
+        f"worker     {facts['worker_max_bytes'] / 1e6:.2f} MB busiest, {facts['worker_mean_bytes'] / 1e6:.2f} MB mean"
+        f" per step; busiest worker / mean {facts['imbalance']:.3f}"
+    )
+    fusion = facts["fusion"]
+    print(
+        f"fusion     {fusion['events_before']} events with {fusion['waits_per_task_before']:.1f} waits per task"
+        f" (at most {fusion['max_waits_before']}) became {fusion['events_after']} with"
+        f" {fusion['waits_per_task_after']:.2f} waits ({fusion['max_waits_after']}) and"
+        f" {fusion['signals_per_task_after']:.2f} signals ({fusion['max_signals_after']})"
     )
     print(f"critical   {facts['hops']} hops, {facts['hops_per_layer']} per layer")
+    estimate = facts["estimate"]
+    print(
+        f"estimate   {estimate['ms']:.3f} ms per token at {estimate['context']} tokens on an {estimate['gpu']}"
+        f" ({facts['gpu_source']} profile): bytes alone {estimate['stream_ms']:.3f},"
+        f" tasks and hops alone {estimate['chain_ms']:.3f}"
+    )
+    print(f"knobs      {', '.join(f'{k} {v}' for k, v in facts['tuning'].items())} ({facts['tuning_source']})")
     print(
         f"attention  {attention['coverage']:.1%} of the workers have some of {attention['context']} tokens to read"
         f" ({attention['splits']} splits per KV head, blocks of {attention['block_kv']})"
@@ -402,7 +443,7 @@ def compile_kernel(
     if target is None and torch.cuda.is_available():
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     target = target or DEFAULT_TARGET
-    program, facts = planned(model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target))
+    program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target))
     path = write_source(program.source)
     with spinner(f"compiling for {target}, half a minute or so", progress):
         resources = compile_report(path, target)
@@ -414,6 +455,71 @@ def compile_kernel(
     rows = [{"what": key, "value": value, "unit": units.get(key, "")} for key, value in resources.items()]
     print_table({"what": "", "value": "", "unit": ""}, rows)
     print(f"kernel  {path}")
+
+
+@app.command(cls=ManyValues)
+def tune(
+    model: ConfigArgument = None,
+    geometry: GeometryOption = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequence lengths that count; several may follow. [512 4096]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for the search; Ctrl-C ends it earlier.")] = 60.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the GPU anew first: bandwidth and hops, some seconds.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Find the fastest knobs of a kernel by measuring on this machine's GPU, and store them.
+
+    Without MODEL: only the GPU itself is measured, for the cost model that chooses the knobs of all models. With MODEL
+    (its shapes count, weights are random) candidates around that choice are compiled, checked and timed. Both results
+    lie in the cache folder, where generate, chat, inspect, compile, bench and from_pretrained find them.
+
+    \b
+    Examples:
+      tri-mpk tune
+      tri-mpk tune meta-llama/Llama-3.2-1B --context 512 4096 --seconds 120
+      tri-mpk tune --geometry Qwen3-8B
+    """
+    from tri_mpk.aot import check_compiler
+    from tri_mpk.tuner import DEFAULT_CONTEXTS, ready_gpu
+    from tri_mpk.tuner import tune as tune_model
+
+    check_compiler()
+    if model is None and geometry is None:
+        _, profile, _ = ready_gpu(device, again=True)
+        print_gpu(asdict(profile), as_json)
+        return
+    result = tune_model(
+        named_config(model, geometry), context or DEFAULT_CONTEXTS, seconds=seconds, dtype=dtype, device=device,
+        measure_gpu=measure, progress=progress,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_tuning(result)
+
+
+def print_gpu(profile: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(profile))
+        return
+    print_table({"what": "", "value": ""}, [{"what": name, "value": value} for name, value in profile.items()])
+
+
+def print_tuning(result: dict[str, Any]) -> None:
+    columns = {name: name for name in result["best"]}
+    print_table(columns | {"estimated_ms": "estimated ms", "ms": "ms", "failure": ""}, result["trials"])
+    print(
+        f"best       {', '.join(f'{k} {v}' for k, v in result['best'].items())}: {result['best_ms']:.4f} ms per token,"
+        f" {result['best_ms'] / result['chosen_ms'] - 1:+.1%} against the cost model's choice"
+    )
+    print(f"search     {len(result['trials'])} candidates; {result['outcome']}")
+    print(f"stored     {result['file']}")
 
 
 @app.command(cls=ManyValues)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
 from tri_mpk.scheduler import device, timing
+from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
     torch.float32: "tl.float32",
@@ -274,21 +274,12 @@ def _text(module: ModuleType, node: ast.stmt, renamed: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def cache_dir() -> Path:
-    """Where kernels are kept: $TRI_MPK_CACHE, else tri_mpk in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tri_mpk"
-    return Path(os.environ.get("TRI_MPK_CACHE", default))
-
-
 def write_source(source: str) -> Path:
     """The file of this source, written unless it is there already; its name is the hash of its text."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     path = cache_dir() / f"megakernel_{digest}.py"
     if not path.exists() or path.read_text() != source:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(source)
-        partial.replace(path)  # other processes see the whole file or none
+        write_whole(path, source)
     return path
 
 

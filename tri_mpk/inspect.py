@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from tri_mpk.cost_model import estimate, kv_blocks
 from tri_mpk.errors import CheckpointError, UnsupportedModelError
 from tri_mpk.generator import write_source
+from tri_mpk.gpu_profile import GpuProfile
 from tri_mpk.loading import empty_model
 from tri_mpk.model import PAGE_SIZE
 from tri_mpk.models import describe
@@ -21,9 +23,7 @@ from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT, imbalance
-
-H100_NUM_WORKERS = 132  # SMs of an H100 or H200
-
+from tri_mpk.tuning import Tuning
 
 # ---- planning without a device ----
 
@@ -45,18 +45,19 @@ def plan_config(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     max_seq_len: int,
-    num_workers: int,
+    num_workers: int | None = None,
     bulk_copies: bool = True,
+    tuning: Tuning | None = None,
     profile: bool = False,
 ) -> Program:
-    """The program that a GPU with `num_workers` SMs would run, planned on the meta device.
+    """The program of a GPU kernel with `num_workers` workers, or with that tuning, planned on the meta device.
 
     `bulk_copies`: it has what the weight ring needs, as Hopper and the data-centre Blackwells do.
     """
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
-    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], profile=profile)
+    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], tuning=tuning, profile=profile)
     kernel.has_bulk_copies = bulk_copies
     build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
     return kernel.plan()
@@ -169,24 +170,19 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
 def attention_coverage(program: Program, context: int) -> dict[str, float | int]:
     """How many workers have some of the KV cache to read when the new token is number `context` of its sequence.
 
-    A split without a block of older tokens is empty, but the last one has the new token. The least over all layers.
+    A split without a block of older tokens is empty, but the first one has the new token. The least over all layers.
     """
-    if context < 1:
-        raise ValueError(f"context={context} must be at least 1, the new token itself")
     worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
     busy: dict[int, set[int]] = {}
     num_splits = block_kv = 0
-    for index, task in enumerate(program.graph.tasks):
-        variant = program.variants[task.variant]
-        if variant.op.name == "attention":
-            constants = dict(variant.constants)
-            num_splits, block_kv = constants["NUM_SPLITS"], constants["BLOCK_KV"]
-            num_blocks = -(-(context - 1) // block_kv)
-            _, split = task.tile
-            is_empty = split * num_blocks // num_splits == (split + 1) * num_blocks // num_splits
-            workers = busy.setdefault(task.op, set())
-            if not is_empty or split == num_splits - 1:
-                workers.add(worker_of[index])
+    for index, num_blocks in kv_blocks(program, context).items():
+        task = program.graph.tasks[index]
+        constants = dict(program.variants[task.variant].constants)
+        num_splits, block_kv = constants["NUM_SPLITS"], constants["BLOCK_KV"]
+        _, split = task.tile
+        workers = busy.setdefault(task.op, set())
+        if num_blocks or split == 0:
+            workers.add(worker_of[index])
     num_busy = min(map(len, busy.values()), default=0)
     return {
         "context": context,
@@ -197,7 +193,39 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
     }
 
 
-def inspect_program(program: Program, context: int, per_layer: bool = False) -> dict[str, object]:
+def fusion_facts(program: Program) -> dict[str, float | int]:
+    """Events, waits and signals before and after equal sets of producers were fused.
+
+    Before, each ordered pair of tasks is an event of its own: one signal, one wait. Means are over all tasks.
+    """
+    events = program.events
+    num_tasks = len(program.graph.tasks)
+    num_signals = [len(signals) for signals in events.signals]
+    return {
+        "events_before": events.num_pairs,
+        "waits_per_task_before": round(events.num_pairs / num_tasks, 2),
+        "max_waits_before": events.max_pairs,
+        "events_after": len(events.events),
+        "waits_per_task_after": round(sum(event >= 0 for event in events.wait) / num_tasks, 2),
+        "max_waits_after": max(event >= 0 for event in events.wait) * 1,
+        "signals_per_task_after": round(sum(num_signals) / num_tasks, 2),
+        "max_signals_after": max(num_signals),
+    }
+
+
+def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, object]:
+    """The cost model's estimate of a step, in ms, for a GPU."""
+    time = estimate(program, gpu, context)
+    return {
+        "gpu": gpu.name,
+        "context": context,
+        "ms": round(time.step_s * 1e3, 4),
+        "stream_ms": round(time.stream_s * 1e3, 4),
+        "chain_ms": round(time.chain_s * 1e3, 4),
+    }
+
+
+def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: bool = False) -> dict[str, object]:
     """Everything that `tri-mpk inspect` shows, ready for JSON."""
     path = critical_path(program)
     layer_hops = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in path)
@@ -215,6 +243,9 @@ def inspect_program(program: Program, context: int, per_layer: bool = False) -> 
         "worker_max_bytes": max(worker_bytes),
         "worker_mean_bytes": round(sum(worker_bytes) / len(worker_bytes), 1),
         "imbalance": round(max(worker_bytes) * len(worker_bytes) / sum(worker_bytes), 4),
+        "fusion": fusion_facts(program),
+        "estimate": time_facts(program, gpu, context),
+        "tuning": asdict(program.tuning),
         "attention": attention_coverage(program, context),
         "ops": [asdict(facts) for facts in op_facts(program, per_layer)],
         "verify": {
@@ -308,6 +339,7 @@ def print_debug(program: Program) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"tri_mpk: kernel {write_source(program.source)}", file=sys.stderr)
     print(f"tri_mpk: {program.report}", file=sys.stderr)
+    print(f"tri_mpk: knobs {program.tuning}", file=sys.stderr)
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
 

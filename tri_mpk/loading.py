@@ -15,6 +15,7 @@ from tri_mpk.errors import CheckpointError, DeviceError, UnsupportedModelError
 from tri_mpk.model import PAGE_SIZE, CausalLM
 from tri_mpk.models import FAMILIES, DecoderShape, describe
 from tri_mpk.persistent_kernel import DTYPES
+from tri_mpk.tuning import Tuning
 
 DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -27,6 +28,7 @@ def from_pretrained(
     max_seq_len: int | None = None,
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
+    tuning: Tuning | None = None,
     progress: bool = True,
     profile: bool = False,
     **hub: object,
@@ -37,7 +39,9 @@ def from_pretrained(
         dtype: of weights and KV cache; None: the checkpoint's own on a GPU, float32 on a CPU.
         device: None: the current CUDA device if there is one, else the CPU (Triton's interpreter, for small models).
         max_seq_len: longest sequence, prompt and new tokens together; None: 4096 or the model's limit, if that is less.
-        num_workers: None: one per SM.
+        num_workers: None: one per SM, or what `tri-mpk tune` found.
+        tuning: the kernel's knobs; None: what `tri-mpk tune` stored for this GPU and these shapes, else the cost
+            model's choice.
         profile: record when every task waits, runs and signals; `model.profile()` then tells of the last launch.
         hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
 
@@ -77,7 +81,7 @@ def from_pretrained(
         )
     return from_model(
         model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
-        progress=progress, profile=profile,
+        tuning=tuning, progress=progress, profile=profile,
     )  # fmt: skip
 
 
@@ -89,6 +93,7 @@ def from_model(
     max_seq_len: int | None = None,
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
+    tuning: Tuning | None = None,
     progress: bool = True,
     profile: bool = False,
 ) -> CausalLM:
@@ -108,7 +113,7 @@ def from_model(
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
             )
-    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile)
+    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning)
 
 
 def from_config(
@@ -120,6 +125,7 @@ def from_config(
     max_seq_len: int | None = None,
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
+    tuning: Tuning | None = None,
     progress: bool = True,
     profile: bool = False,
 ) -> CausalLM:
@@ -130,7 +136,7 @@ def from_config(
     check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
     return from_model(
         random_model(config, seed, dtype, device), max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=progress, profile=profile,
+        wait_bound_s=wait_bound_s, tuning=tuning, progress=progress, profile=profile,
     )  # fmt: skip
 
 

@@ -14,10 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tri_mpk.generation import check_input_ids, resolve
+from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
+from tri_mpk.tuning import Tuning
+from tri_mpk.tuning_store import find_tuning
 
 if TYPE_CHECKING:
     from tri_mpk.profiler import Profile
@@ -28,7 +31,8 @@ PAGE_SIZE = 128
 class CausalLM:
     """Made by `tri_mpk.from_pretrained`, `from_model` or `from_config`.
 
-    Attributes: config, generation_config, device, dtype, max_seq_len, kernel (the PersistentKernel).
+    Attributes: config, generation_config, device, dtype, max_seq_len, kernel (the PersistentKernel), tuning_source
+    (where the kernel's knobs come from: "given", "cost model", or "measured" and when).
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class CausalLM:
         wait_bound_s: float = 10.0,
         progress: bool = True,
         profile: bool = False,
+        tuning: Tuning | None = None,
     ):
         self.config: PreTrainedConfig = model.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -50,8 +55,15 @@ class CausalLM:
         self.shape: DecoderShape = describe(model.config, max_seq_len)
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
+        self.tuning_source = "cost model" if tuning is None else "given"
+        if tuning is None and device.type == "cuda":
+            tuning, self.tuning_source = find_tuning(find_profile(device)[0], self.shape, self.dtype, num_workers)
         self.kernel = PersistentKernel(
-            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=wait_bound_s, profile=profile
+            num_workers=num_workers,
+            meta_tensors=[step, tokens],
+            wait_bound_s=wait_bound_s,
+            profile=profile,
+            tuning=tuning,
         )
         build(self.kernel, self.shape, model, PAGE_SIZE, progress)
         self._lock = threading.Lock()  # one launch at a time

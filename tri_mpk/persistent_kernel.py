@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tri_mpk.errors import DeviceError
+from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.argmax import ARGMAX
-from tri_mpk.ops.attention import ATTENTION, block_kv, choose_splits, default_scale
+from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
@@ -22,10 +23,10 @@ from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
 from tri_mpk.program import Program, kernel_constants, plan
 from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime, shared_memory_limit
+from tri_mpk.tuning import Tuning, choose_tuning, largest_block_kv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-SPLIT_TOKENS = 256  # a split of the KV length is worth another worker's part from here on
 RING_SHARED_BYTES = 200 << 10  # less than this holds no weight rings worth having
 
 
@@ -46,6 +47,8 @@ class PersistentKernel:
             [1, max_seq_len]. The kernel reads and writes both.
         wait_bound_s: a wait inside the kernel that lasts longer ends the launch with MegakernelTimeout.
         profile: tasks leave time stamps, which `tri_mpk.profiler.read_profile` reads after a launch.
+        tuning: the kernel's knobs, number of workers included; None: the cost model's choice for this GPU and for the
+            first attention layer.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class PersistentKernel:
         *,
         wait_bound_s: float = 10.0,
         profile: bool = False,
+        tuning: Tuning | None = None,
     ):
         if (world_size, rank) != (1, 0):
             raise NotImplementedError(f"world_size={world_size}, rank={rank}: only world_size=1, rank=0 runs so far")
@@ -69,10 +73,19 @@ class PersistentKernel:
             raise ValueError(f"tokens must be int64 [max_seq_len], got {tokens.dtype} {tuple(tokens.shape)}")
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers={num_workers} must be at least 1; leave it out for one per SM")
+        if None not in (tuning, num_workers) and tuning.num_workers != num_workers:
+            raise ValueError(
+                f"num_workers={num_workers}, but the tuning has num_workers={tuning.num_workers}; leave one of them out"
+            )
         if not wait_bound_s > 0:
             raise ValueError(f"wait_bound_s={wait_bound_s} must be positive")
         self.device = tokens.device
-        self.num_workers = default_num_workers(self.device) if num_workers is None else num_workers
+        if tuning is not None:
+            num_workers = tuning.num_workers
+        check_capability(self.device)
+        self.gpu, _ = find_profile(self.device)
+        self.num_workers = default_num_workers(self.device, self.gpu) if num_workers is None else num_workers
+        self.tuning = tuning
         self.has_bulk_copies = has_bulk_copies(self.device)
         self.wait_bound_s = wait_bound_s
         self.profile = profile
@@ -111,6 +124,12 @@ class PersistentKernel:
             raise ValueError(f"there is a tensor named {handle.name} already; names must differ")
         self.tensors[handle.name] = handle
         return handle
+
+    def _tuned(self, num_kv_heads: int, head_dim: int) -> Tuning:
+        """The knobs of the whole kernel; if none were given, the first attention decides."""
+        if self.tuning is None:
+            self.tuning = choose_tuning(self.gpu, num_kv_heads, head_dim, self.num_workers)
+        return self.tuning
 
     # ---- layers ----
 
@@ -212,7 +231,7 @@ class PersistentKernel:
 
         `num_splits` None: as many as the workers need to have one each.
         """
-        num_splits = num_splits or choose_splits(num_kv_heads, self.num_workers)
+        num_splits = num_splits or self._tuned(num_kv_heads, head_dim).num_splits
         return (
             self.new_tensor((num_splits, num_q_heads, head_dim), dtype, name=name),
             self.new_tensor((num_splits, num_q_heads), torch.float32, name=f"{name}.lse"),
@@ -249,9 +268,11 @@ class PersistentKernel:
             )
         _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
         _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
-        if page_size % block_kv(head_dim):
+        tuning = self._tuned(num_kv_heads, head_dim)
+        block_kv = min(tuning.block_kv, largest_block_kv(head_dim))
+        if page_size % block_kv:
             raise ValueError(
-                f"page_size={page_size} must be a multiple of {block_kv(head_dim)}, the tokens that are read at once"
+                f"page_size={page_size} must be a multiple of {block_kv}, the tokens that are read at once"
             )
         tensors = {
             "input": input,
@@ -266,7 +287,8 @@ class PersistentKernel:
             "lse": output[1],
         }
         scale = default_scale(head_dim) if scale is None else scale
-        options = {"num_q_heads": num_q_heads, "scale": scale, "split_tokens": SPLIT_TOKENS, "eps": eps}
+        options = {"num_q_heads": num_q_heads, "scale": scale, "block_kv": block_kv, "eps": eps}
+        options["split_tokens"] = tuning.split_tokens
         self._call(ATTENTION, label, grid_dim, tensors, **options)
 
     def attention_output_layer(
@@ -293,7 +315,8 @@ class PersistentKernel:
         if bias:
             _check_dims("attention_output_layer", bias, "bias", (num_rows,))
         tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
-        self._call(ATTENTION_OUTPUT, label, grid_dim, tensors | {"bias": bias}, split_tokens=SPLIT_TOKENS)
+        split_tokens = self._tuned(num_heads, input[0].dims[-1]).split_tokens
+        self._call(ATTENTION_OUTPUT, label, grid_dim, tensors | {"bias": bias}, split_tokens=split_tokens)
 
     def lm_head_layer(
         self,
@@ -348,7 +371,8 @@ class PersistentKernel:
             constants = kernel_constants(
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies, self.profile
             )
-            self.program = plan(self.calls, self.tensors, self.num_workers, constants)
+            tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
+            self.program = plan(self.calls, self.tensors, tuning, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
 
@@ -405,13 +429,17 @@ def has_bulk_copies(device: torch.device) -> bool:
     return hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
 
 
-def default_num_workers(device: torch.device) -> int:
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-            name = torch.cuda.get_device_name(device)
-            raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return min(4, max(2, os.cpu_count() or 2))
+def default_num_workers(device: torch.device, gpu: GpuProfile) -> int:
+    """One per SM; on a CPU one per core, 2 to 4. Plans on the meta device are for the GPU of their profile."""
+    if device.type == "cpu":
+        return min(4, max(2, os.cpu_count() or 2))
+    return gpu.num_sms
+
+
+def check_capability(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
 
 
 def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from tri_mpk.scheduler.events import derive_events
 from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
 from tri_mpk.scheduler.queues import schedule
 from tri_mpk.scheduler.verify import Report, verify
+from tri_mpk.tuning import Tuning
 
 NUM_WARPS = 16
 COMPILE_OPTIONS = {
@@ -39,6 +40,7 @@ class Program:
     report: Report
     variants: list[Variant]
     constants: KernelConstants
+    tuning: Tuning
     tensors: dict[str, TensorHandle]
     source: str
     seconds: float  # that planning took
@@ -111,12 +113,10 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 @without_garbage_collection()
-def plan(
-    calls: list[OpCall], tensors: dict[str, TensorHandle], num_workers: int, constants: KernelConstants
-) -> Program:
+def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, constants: KernelConstants) -> Program:
     """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
     started = time.perf_counter()
-    machine = Machine(num_workers, constants.block_n, constants.ring)
+    machine = Machine(tuning.num_workers, constants.block_n, tuning.slot_bytes if constants.ring else 0)
     graph = TaskGraph()
     variants: dict[Variant, int] = {}
     for op_idx, call in enumerate(calls):
@@ -133,8 +133,8 @@ def plan(
         graph.tasks += cut.tasks
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     events = derive_events(graph)
-    queues = schedule(graph, events, num_workers)
+    queues = schedule(graph, events, tuning.num_workers)
     report = verify(graph, events, queues)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
-    return Program(graph, events, queues, report, list(variants), constants, tensors, source, seconds)
+    return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, source, seconds)

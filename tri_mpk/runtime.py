@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from triton.compiler import CompiledKernel, make_backend
-from triton.runtime import driver
 
 from tri_mpk.errors import DeviceError, MegakernelTimeout, WorkerDiedError
 from tri_mpk.generator import import_source, write_source
+from tri_mpk.gpu_profile import device_properties
 from tri_mpk.ops import argmax
 from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
@@ -265,8 +265,7 @@ class CudaRuntime(Runtime):
 
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one block may have."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return device_properties(device)["max_shared_mem"]
 
 
 class InterpreterRuntime(Runtime):

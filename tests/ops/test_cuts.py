@@ -107,7 +107,7 @@ def test_rmsnorm_gated_linear(num_rows, k, num_workers):
 @example(num_rows=200, k=16384, num_workers=1, grid_dim=None)  # one row per slot
 def test_a_gated_task_with_a_ring_is_one_block(num_rows, k, num_workers, grid_dim):
     """Gate and up wait for each other in the block's sums: rows beyond them would overwrite others."""
-    machine = Machine(num_workers, block_n=16, ring=True)
+    machine = Machine(num_workers, block_n=16, slot_bytes=32 << 10)
     handles = {
         name: TensorHandle(name, dims, torch.bfloat16)
         for name, dims in {

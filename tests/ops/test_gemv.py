@@ -21,8 +21,8 @@ from tri_mpk.ops.op import Machine
 from tri_mpk.program import NUM_WARPS
 from tri_mpk.scheduler.device import SHARED_BYTES
 
-RING = Machine(132, block_n=16, ring=True)
-PLAIN = Machine(2, block_n=256, ring=False)
+RING = Machine(132, block_n=16, slot_bytes=32 << 10)
+PLAIN = Machine(2, block_n=256, slot_bytes=0)
 
 
 def power_of_2(n: int) -> bool:

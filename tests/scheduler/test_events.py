@@ -33,6 +33,7 @@ def test_equal_dependencies_become_one_event():
         ([3, 4, 5], [6, 7, 8], 3),
     ]
     assert events.wait == [-1, -1, -1, 1, 1, 1, 2, 2, 2]
+    assert (events.num_pairs, events.max_pairs) == (18, 3)  # before they became two events
 
 
 def test_step_event_collects_the_tasks_nobody_waits_for():

@@ -21,6 +21,7 @@ class DecoderShape:
 
     num_layers: int
     hidden_size: int
+    intermediate_size: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -57,6 +58,7 @@ def describe_decoder(config: PreTrainedConfig, max_seq_len: int, qk_norm: bool =
     return DecoderShape(
         config.num_hidden_layers,
         config.hidden_size,
+        config.intermediate_size,
         config.num_attention_heads,
         config.num_key_value_heads,
         head_dim,
