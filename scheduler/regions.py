@@ -133,7 +133,11 @@ class RegionCheck:
                 f"{name(second)} in the queues, or change their order in the graph."
             )
         event = self.events.wait[second]
-        waits = "no event" if event < 0 else f"event {event}, which {name(first)} does not reach"
+        waits = (
+            "no event"
+            if event < 0 or self.events.events[event].count <= 0
+            else f"event {event}, which {name(first)} does not reach"
+        )
         return RaceError(
             f"race: {shared} ({where}), but nothing makes {name(second)} run after {name(first)}: "
             f"it waits for {waits}. Let {name(first)} signal an event that {name(second)} waits "
