@@ -48,17 +48,18 @@ def decoder_graph(num_layers: int, num_workers: int, reuse_buffers: bool) -> Tas
 def butterfly_graph(num_stages: int, log2_width: int) -> TaskGraph:
     """The data flow of a fast Fourier transform: task i of stage s reads tiles i and i xor 2^s of the stage before.
 
-    Every pair of tiles has an event of its own, about half as many events as tasks.
+    All tiles lie in one tensor, and every pair of them has an event of its own, about half as many events as tasks.
     """
     width = 1 << log2_width
-    graph = TaskGraph(tensors={"x0": TensorInfo((width,), True)})
+    graph = TaskGraph(tensors={"x": TensorInfo((1, width), True), "y": TensorInfo((num_stages, width), False)})
     for stage in range(num_stages):
-        source, target = f"x{stage}", f"x{stage + 1}"
+        source, row = ("y", stage - 1) if stage else ("x", 0)
         graph.ops.append(f"stage{stage}")
-        graph.tensors[target] = TensorInfo((width,), False)
         for i in range(width):
-            reads = tuple(Region(source, ((j, j + 1),)) for j in (i, i ^ (1 << stage % log2_width)))
-            graph.tasks.append(Task(stage, (i,), reads, (Region(target, ((i, i + 1),)),), cost_bytes=1 << 20))
+            pair = (i, i ^ (1 << stage % log2_width))
+            reads = tuple(Region(source, ((row, row + 1), (j, j + 1))) for j in pair)
+            writes = (Region("y", ((stage, stage + 1), (i, i + 1))),)
+            graph.tasks.append(Task(stage, (i,), reads, writes, cost_bytes=1 << 20))
     return graph
 
 
