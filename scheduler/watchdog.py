@@ -44,9 +44,8 @@ class Cause(Enum):
 class Diagnosis:
     """`chain`: tasks that each waited for the next one, the stuck one first and the root cause last, if that is known.
 
-    `suspects`: the tasks one of which is at fault; a single one is also the end of the chain, of several each has
-    signals missing that its last task waits for. `event` and `missing`:
-    the event whose signals are lost, and how many.
+    `suspects`: the tasks one of which is at fault. A single one ends the chain; several may each have failed to give
+    what the last task of the chain waits for. `event` and `missing`: whose signals are lost, and how many.
     """
 
     cause: Cause

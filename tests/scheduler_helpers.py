@@ -54,17 +54,17 @@ def chain(num_tiles: int = 1) -> TaskGraph:
 
 
 @st.composite
-def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True) -> TaskGraph:
+def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2) -> TaskGraph:
     """Random tasks on random boxes of few small tensors, reused in place, with many readers and
     writers.
 
-    With `reads_are_written` a first task writes the tensors that have no initial data.
+    A first task writes the tensors that have no initial data.
     """
     shapes = draw(st.lists(st.sampled_from([(4,), (3,), (2, 3)]), min_size=1, max_size=3))
     tensors = {f"x{i}": TensorInfo(dims, draw(st.booleans())) for i, dims in enumerate(shapes)}
     graph = TaskGraph(["op0"], [], tensors)
     empty = [name for name, info in tensors.items() if not info.initialised]
-    if empty and reads_are_written:
+    if empty:
         whole = {name: tuple((0, size) for size in tensors[name].dims) for name in empty}
         graph.tasks.append(Task(0, (0,), (), tuple(Region(n, b) for n, b in whole.items()), 1))
     while len(graph.tasks) < max_tasks and (draw(st.integers(0, 9)) or not graph.tasks):

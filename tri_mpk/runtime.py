@@ -151,9 +151,8 @@ class Runtime:
         self.last_steps = range(0)
         if control[words.CONTROL_ABORT.value]:
             counters = self.events.cpu()[::EVENT_STRIDE].tolist()
-            error = timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
             self.set_epoch(1)
-            raise error
+            raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
         first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
         first_step = int(control[words.CONTROL_FIRST_STEP.value])
         self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
@@ -257,9 +256,7 @@ class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
-    LEAVE_BOUND_S = (
-        10.0  # without any signal after an abort, besides the wait bound: who has not left by then never will
-    )
+    LEAVE_BOUND_S = 10.0  # this and the wait bound without a signal after an abort: who is still here never leaves
 
     def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
         super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
