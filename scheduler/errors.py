@@ -18,16 +18,12 @@ class CountError(ScheduleError):
     """A wait counts more or fewer increments than its event gets in one step."""
 
 
-class OrphanSignalError(ScheduleError):
-    """An event is signalled but never waited for, or waited for but never signalled."""
-
-
 class DeadlockError(ScheduleError):
     """Workers wait for each other for ever."""
 
 
 class StepOverlapError(ScheduleError):
-    """A task may still be running when other workers begin the next step."""
+    """A task may still be running when another worker begins the next step."""
 
 
 class RaceError(ScheduleError):

@@ -17,7 +17,7 @@ class Order:
 
     `done_before[t, w]`: how many tasks of worker w's queue are done before task t starts, whatever
     the interleaving.
-    `done_in_step[w]`: how many of them are done when the step event is complete.
+    `done_in_step[v, w]`: how many of them are done when worker v begins the next step.
     """
 
     worker: list[int]  # per task
@@ -34,7 +34,7 @@ def derive_order(graph: TaskGraph, events: Events, schedule: Schedule) -> Order:
 
     Signals only add, so a task that can run stays able to run: one greedy run finds every task that
     any run can reach. Needs counts that equal the number of signals; a passed wait then means that
-    all producers are done.
+    all producers are done. A count of 0 or less is no wait.
     """
     run = _Run(graph, events, schedule)
     run.to_the_end()
@@ -45,13 +45,15 @@ def derive_order(graph: TaskGraph, events: Events, schedule: Schedule) -> Order:
     for w, queue in enumerate(schedule.queues):
         for slot, task in enumerate(queue):
             worker[task], position[task] = w, slot
-    return Order(worker, position, run.done_before, run.event_clock[STEP_EVENT])
+    return Order(worker, position, run.done_before, np.maximum(run.clock, run.event_clock[STEP_EVENT]))
 
 
 class _Run:
     def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule) -> None:
         self.graph, self.events, self.queues = graph, events, schedule.queues
         num_workers, num_events = len(schedule.queues), len(events.events)
+        counts = [event.count for event in events.events]
+        self.wait = [event if event >= 0 and counts[event] > 0 else -1 for event in events.wait]
         self.next_slot = [0] * num_workers
         self.seen = [0] * num_events
         self.event_clock = np.zeros((num_events, num_workers), dtype=np.int32)
@@ -65,7 +67,7 @@ class _Run:
         while awake:
             worker = awake.pop()
             for task in self.queues[worker][self.next_slot[worker] :]:
-                event = self.events.wait[task]
+                event = self.wait[task]
                 if event >= 0 and self.seen[event] < counts[event]:
                     sleeping[event].append(worker)
                     break

@@ -29,18 +29,32 @@ class TensorAccesses:
             numbers.append(number)
 
     def overlaps(self) -> list[np.ndarray]:
-        """Per box the numbers of all boxes that it intersects, itself included."""
-        num_dims = len(self.boxes[0])
-        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), num_dims, 2)
+        """Per box the numbers of all boxes that it intersects, itself included.
+
+        Boxes are sorted along the dimension in which they differ most, so that a chunk of them meets a short stretch of
+        the others when tiles are small, and at worst all of them.
+        """
+        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), -1, 2)
+        if not bounds.size:  # scalars
+            return [np.zeros(1, dtype=np.int64)]
         lo, hi = bounds[..., 0].T.copy(), bounds[..., 1].T.copy()
-        found = []
-        for start in range(0, len(self.boxes), 256):  # in chunks: memory stays linear
+        dim = max(range(len(lo)), key=lambda dim: len(np.unique(lo[dim])))
+        order = np.argsort(lo[dim], kind="stable")
+        lo, hi = lo[:, order], hi[:, order]
+        reach = np.maximum.accumulate(hi[dim])
+        found: list[np.ndarray] = [order] * len(order)
+        for start in range(0, len(order), 256):  # in chunks: memory stays linear
             rows = slice(start, start + 256)
-            hit = np.ones((len(self.boxes[rows]), len(self.boxes)), dtype=bool)
-            for dim in range(num_dims):
-                hit &= lo[dim, rows, None] < hi[dim]
-                hit &= hi[dim, rows, None] > lo[dim]
-            found += [np.flatnonzero(row) for row in hit]
+            near = slice(
+                np.searchsorted(reach, lo[dim, start], side="right"),
+                np.searchsorted(lo[dim], hi[dim, rows].max(), side="left"),
+            )
+            hit = np.ones((len(order[rows]), len(order[near])), dtype=bool)
+            for i in range(len(lo)):
+                hit &= lo[i, rows, None] < hi[i, near]
+                hit &= hi[i, rows, None] > lo[i, near]
+            for box, row in zip(order[rows].tolist(), hit, strict=True):
+                found[box] = order[near][np.flatnonzero(row)]
         return found
 
 
@@ -133,7 +147,11 @@ class RegionCheck:
                 f"{name(second)} in the queues, or change their order in the graph."
             )
         event = self.events.wait[second]
-        waits = "no event" if event < 0 else f"event {event}, which {name(first)} does not reach"
+        waits = (
+            "no event"
+            if event < 0 or self.events.events[event].count <= 0
+            else f"event {event}, which {name(first)} does not reach"
+        )
         return RaceError(
             f"race: {shared} ({where}), but nothing makes {name(second)} run after {name(first)}: "
             f"it waits for {waits}. Let {name(first)} signal an event that {name(second)} waits "

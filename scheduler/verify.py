@@ -1,29 +1,34 @@
 """Proof that a schedule is free of deadlock and races, before any launch.
 
-What the kernel does, and all that is trusted here: worker w runs `queues[w]` in order, once per
-step. Task t waits until counter[wait[t]] >= epoch * count, runs, then increments the counter of
-every event in signals[t]. After its queue a worker waits until counter[0] >= epoch *
-events[0].count, then begins the next step. No counter is ever reset. `Event.producers` and
+What the kernel does, and all that is trusted here: worker w runs `queues[w]` in order, once per step. Task t waits
+until counter[wait[t]] - epoch * count >= 0 (a count of 0 or less is no wait), runs, then increments the counter of
+every event in signals[t]. After its queue a worker waits for counter[0], whatever its count, then begins the next
+step. Counters have 32 bits, compared as a signed difference, and none is ever reset. `Event.producers` and
 `Event.consumers` are not looked at.
 
-What follows from that, in the order in which it is checked:
+A schedule is safe if, in every interleaving and however long the kernel runs,
 
-a. counts: with n signals per step, count > n never comes true. With count < n the surplus adds up
-   over the epochs, until the wait orders nothing. So count must be n, and the wait then comes after
-   all n signals.
+- no worker waits for ever;
+- a worker begins a step only when all tasks of the last one are done: between steps it reads whether to stop, and a
+  launch may end there;
+- no task starts before one that it conflicts with and that precedes it in the program (else a reader sees the wrong
+  version);
+- nothing is read from a tensor without data before it is written.
+
+What is checked, in this order:
+
+a. counts: of n signals per step, a wait must count n. With count > n it never ends. With 0 < count < n the surplus
+   adds up over the epochs: the wait orders nothing, and after 2^31 / (n - count) steps the difference wraps around
+   and it never ends either. So the wait comes after all n signals.
 b. deadlock: signals only add, so one greedy run finds every task that can ever run.
-c. steps: the epochs are separate if every task comes before the step event, so that must hold. Each
-   step is then like the first one, and a proof for one step is a proof for all.
-d. order: vector clocks tell exactly which tasks are done before a task starts.
-e. races: conflicting accesses must be ordered, and as in the program (else a reader sees the wrong
-   version).
-f. unwritten reads: what is read from a tensor that is not initialised must have been written in
-   this step.
-g. orphans: an event that is signalled must be waited for, and the other way round.
+c. steps: vector clocks tell exactly which tasks are done when a worker begins the next step; all must be. Each step
+   is then like the first one, and a proof for one step is a proof for all.
+d. order: the same clocks tell exactly which tasks are done before a task starts.
+e. races: conflicting accesses must be ordered as in the program.
+f. unwritten reads: the boxes that earlier tasks wrote must cover the box that is read.
 
-b, d, e and f are exact: they reject a schedule only if some interleaving goes wrong. a, c and g are
-stricter, on purpose: they also reject schedules that happen to be safe, e.g. one worker that never
-waits for the step event.
+Each check rejects a schedule only if it is unsafe, and together they let no unsafe one pass. `self_check` tests both
+halves against all interleavings of small schedules.
 """
 
 from __future__ import annotations
@@ -37,7 +42,6 @@ import numpy as np
 from .errors import (
     CountError,
     MalformedScheduleError,
-    OrphanSignalError,
     StepOverlapError,
     missing_signal_text,
 )
@@ -54,13 +58,15 @@ class Report:
     num_events: int
     num_pairs: int  # of conflicting accesses, all ordered
     num_regions_covered: int  # reads of tensors without initial data, all written before
+    num_unused_signals: int  # that no wait counts: harmless, but never made by `derive_events`
     seconds: float
 
     def __str__(self) -> str:
+        unused = f", signals that nobody waits for: {self.num_unused_signals}" if self.num_unused_signals else ""
         return (
             f"verified {self.num_tasks} tasks and {self.num_events} events in {self.seconds:.2f} "
             f"s: {self.num_pairs} conflicting pairs ordered, {self.num_regions_covered} reads "
-            "covered"
+            f"covered{unused}"
         )
 
 
@@ -69,10 +75,10 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     start = time.perf_counter()
     _check_queues(graph, schedule)
     _check_event_table(graph, events)
-    _check_counts(graph, events)
+    num_unused_signals = _check_counts(graph, events)
     accesses = collect_accesses(graph)
     order = derive_order(graph, events, schedule)
-    _check_steps(graph, events, schedule, order)
+    _check_steps(graph, schedule, order)
     regions = RegionCheck(graph, events, schedule, order)
     for tensor in accesses:
         regions.check(tensor)
@@ -81,6 +87,7 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
         num_events=len(events.events),
         num_pairs=regions.num_pairs,
         num_regions_covered=regions.num_regions_covered,
+        num_unused_signals=num_unused_signals,
         seconds=time.perf_counter() - start,
     )
 
@@ -127,28 +134,18 @@ def _check_event_table(graph: TaskGraph, events: Events) -> None:
             )
 
 
-def _check_counts(graph: TaskGraph, events: Events) -> None:
+def _check_counts(graph: TaskGraph, events: Events) -> int:
+    """Every wait must count the signals of its event; returns how many signals no wait counts."""
     num_signals = Counter(event for signals in events.signals for event in signals)
-    waiter = {event: task for task, event in reversed(list(enumerate(events.wait))) if event >= 0}
+    waiter: dict[int, int | None] = {}  # the first task that waits for each event
+    for task, event in enumerate(events.wait):
+        if event >= 0 and events.events[event].count > 0:
+            waiter.setdefault(event, task)
+    waiter.setdefault(STEP_EVENT, None)
     for event, task in waiter.items():
-        if event not in num_signals:
-            raise OrphanSignalError(
-                f"{graph.task_name(task)} waits for event {event}, which no task "
-                f"signals{missing_signal_text(graph, events, event, task)}. Add the signals or "
-                "remove the wait."
-            )
-    for event, signalled in sorted(num_signals.items()):
-        if event != STEP_EVENT and event not in waiter:
-            task = next(t for t, signals in enumerate(events.signals) if event in signals)
-            raise OrphanSignalError(
-                f"{graph.task_name(task)} signals event {event}, which no task waits for. Remove "
-                "the signal, or add the wait that was meant."
-            )
-        count = events.events[event].count
-        if count != signalled:
-            raise CountError(_count_text(graph, events, event, waiter.get(event), signalled))
-    if events.events[STEP_EVENT].count != num_signals[STEP_EVENT]:
-        raise CountError(_count_text(graph, events, STEP_EVENT, None, 0))
+        if events.events[event].count != num_signals[event]:
+            raise CountError(_count_text(graph, events, event, task, num_signals[event]))
+    return sum(number for event, number in num_signals.items() if event not in waiter)
 
 
 def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None, signalled: int) -> str:
@@ -156,23 +153,22 @@ def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None
     who = "every worker" if waiter is None else graph.task_name(waiter)
     outcome = "the wait never ends" if count > signalled else "the surplus adds up until the wait orders nothing"
     producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals]
-    signallers = ", ".join(producers[:3]) + (", ..." if len(producers) > 3 else "") or "no task"
+    given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)
     return (
-        f"{who} waits for {count} signals of event {event} per step, but {signallers} give "
-        f"{signalled}: {outcome}{suspect}. Set the count to {signalled}, or change the signals."
+        f"{who} waits for {count} signals of event {event} per step, but {given if producers else 'no task gives one'}:"
+        f" {outcome}{suspect}. Set the count to {signalled}, or change the signals."
     )
 
 
-def _check_steps(graph: TaskGraph, events: Events, schedule: Schedule, order: Order) -> None:
+def _check_steps(graph: TaskGraph, schedule: Schedule, order: Order) -> None:
     lengths = np.array([len(queue) for queue in schedule.queues])
-    unfinished = np.flatnonzero(order.done_in_step < lengths)
-    if len(unfinished):
-        worker = int(unfinished[0])
-        task = schedule.queues[worker][order.done_in_step[worker]]
+    late = np.argwhere(order.done_in_step < lengths)
+    if len(late):
+        ahead, worker = late[0].tolist()
+        slot = int(order.done_in_step[ahead, worker])
         raise StepOverlapError(
-            f"{graph.task_name(task)} (worker {worker}, slot {order.position[task]}) may still run "
-            "when other workers begin the next step: nothing makes it precede the step event. Let "
-            f"it signal event {STEP_EVENT} (and raise that count by 1), or an event that leads "
-            "there."
+            f"{graph.task_name(schedule.queues[worker][slot])} (worker {worker}, slot {slot}) may still run when "
+            f"worker {ahead} begins the next step: nothing makes it precede the step event. Let it signal event "
+            f"{STEP_EVENT} (and raise that count by 1), or an event that leads there."
         )

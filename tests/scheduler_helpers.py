@@ -1,10 +1,15 @@
-"""Graphs for the scheduler's tests: by hand, of a transformer's shape, and at random."""
+"""Graphs for the scheduler's tests: by hand, and at random."""
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import strategies as st
 
-from tri_mpk.scheduler.graph import Box, Region, Task, TaskGraph, TensorInfo
+from tri_mpk.scheduler.explore import Cell, Machine, cells
+from tri_mpk.scheduler.graph import Events, Region, Schedule, Task, TaskGraph, TensorInfo
+
+Instance = tuple[int, int]  # (epoch, task): sorts in program order
 
 
 class GraphBuilder:
@@ -48,60 +53,18 @@ def chain(num_tiles: int = 1) -> TaskGraph:
     return builder.graph
 
 
-def transformer(num_layers: int, num_workers: int, reuse_buffers: bool) -> TaskGraph:
-    """The shape of a decoder's step: every op reads all of the op before; attention goes by head
-    and split.
-
-    With `reuse_buffers` all layers share their activation buffers, which adds every
-    write-after-read there is.
-    """
-    graph = TaskGraph(ops=[], tensors={"x": TensorInfo((num_workers,), True)})
-    heads, splits = 8, max(1, num_workers // 8)
-
-    def op(name: str, boxes: list[Box], target: str, reads) -> None:
-        graph.ops.append(name)
-        graph.tensors.setdefault(target, TensorInfo(tuple(hi for _, hi in boxes[-1]), False))
-        for tile, box in enumerate(boxes):
-            regions = tuple(Region(tensor, read) for tensor, read in reads(tile, box))
-            graph.tasks.append(Task(len(graph.ops) - 1, (tile,), regions, (Region(target, box),), cost_bytes=1 << 20))
-
-    tiles: list[Box] = [((i, i + 1),) for i in range(num_workers)]
-    whole: Box = ((0, num_workers),)
-    parts: list[Box] = [((h, h + 1), (s, s + 1)) for h in range(heads) for s in range(splits)]
-    for layer in range(num_layers):
-        name = "" if reuse_buffers else f"{layer}."
-        names = [name + part for part in ("qkv", "attn", "out", "act", "norm")]
-        qkv, attn, out, act, norm = names
-        weights = f"{layer}.w"
-        graph.tensors[weights] = TensorInfo((num_workers,), True)
-        head_tiles = [((h * num_workers // heads, (h + 1) * num_workers // heads),) for h in range(heads)]
-        op(f"L{layer:02} qkv", tiles, qkv, lambda i, box, w=weights: [("x", whole), (w, box)])
-        op(
-            f"L{layer:02} attn",
-            parts,
-            attn,
-            lambda i, box, q=qkv, t=head_tiles: [(q, t[box[0][0]])],
-        )
-        all_parts = ((0, heads), (0, splits))
-        op(f"L{layer:02} o", tiles, out, lambda i, box, a=attn, p=all_parts: [(a, p)])
-        op(f"L{layer:02} norm", tiles, norm, lambda i, box, o=out: [(o, whole), ("x", box)])
-        op(f"L{layer:02} gate_up", tiles, act, lambda i, box, n=norm: [(n, whole)])
-        op(f"L{layer:02} down", tiles, "x", lambda i, box, a=act: [(a, whole), ("x", box)])
-    return graph
-
-
 @st.composite
-def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2, reads_are_written: bool = True) -> TaskGraph:
+def graphs(draw: st.DrawFn, max_tasks: int = 12, max_regions: int = 2) -> TaskGraph:
     """Random tasks on random boxes of few small tensors, reused in place, with many readers and
     writers.
 
-    With `reads_are_written` a first task writes the tensors that have no initial data.
+    A first task writes the tensors that have no initial data.
     """
     shapes = draw(st.lists(st.sampled_from([(4,), (3,), (2, 3)]), min_size=1, max_size=3))
     tensors = {f"x{i}": TensorInfo(dims, draw(st.booleans())) for i, dims in enumerate(shapes)}
     graph = TaskGraph(["op0"], [], tensors)
     empty = [name for name, info in tensors.items() if not info.initialised]
-    if empty and reads_are_written:
+    if empty:
         whole = {name: tuple((0, size) for size in tensors[name].dims) for name in empty}
         graph.tasks.append(Task(0, (0,), (), tuple(Region(n, b) for n, b in whole.items()), 1))
     while len(graph.tasks) < max_tasks and (draw(st.integers(0, 9)) or not graph.tasks):
@@ -121,3 +84,29 @@ def regions(draw: st.DrawFn, tensors: dict[str, TensorInfo], max_regions: int) -
 
     names = draw(st.lists(st.sampled_from(sorted(tensors)), max_size=max_regions))
     return tuple(Region(name, tuple(map(interval, tensors[name].dims))) for name in names)
+
+
+def run_at_random(graph: TaskGraph, events: Events, schedule: Schedule, num_epochs: int, seed: int) -> None:
+    """Run one interleaving on symbolic memory; every read must see the version that program order says."""
+    chooser = random.Random(seed)
+    machine = Machine(events, schedule)
+    state, order = machine.start(), []
+    while ready := [(w, epoch, task) for w, epoch, task in machine.enabled(state) if epoch <= num_epochs]:
+        worker, epoch, task = chooser.choice(ready)
+        state = machine.after(state, worker)
+        if task is not None:
+            order.append((epoch, task))
+    assert len(order) == num_epochs * len(graph.tasks), f"stuck after {order}"
+    assert _versions_read(graph, order) == _versions_read(graph, sorted(order))
+
+
+def _versions_read(graph: TaskGraph, order: list[Instance]) -> dict[Instance, list]:
+    """What each task instance reads, cell by cell, as the name of the instance that wrote it; and the final memory."""
+    memory: dict[Cell, Instance] = {}
+    seen = {}
+    for instance in order:
+        task = graph.tasks[instance[1]]
+        seen[instance] = [memory.get(cell) for region in task.reads for cell in sorted(cells(region))]
+        memory.update((cell, instance) for region in task.writes for cell in cells(region))
+    seen[(0, -1)] = sorted(memory.items())
+    return seen

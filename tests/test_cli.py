@@ -18,7 +18,7 @@ from tri_mpk.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "demos/tiny")
-COMMANDS = ["generate", "chat", "inspect", "compile", "tune", "bench", "profile"]
+COMMANDS = ["generate", "chat", "inspect", "verify", "compile", "tune", "bench", "profile"]
 
 
 def invoke(*arguments: str, **options: object):
@@ -118,6 +118,8 @@ def test_dot(tmp_path: Path):
         (["inspect", TINY, "--layer", "first"], ["first"]),
         (["inspect", TINY, "--num-workers", "8", "--dot", "-", "--layer", "9"], ["0 to 3"]),
         (["inspect", str(ROOT)], ["no config.json"]),
+        (["verify", TINY, "--self-check"], ["leave out MODEL"]),
+        (["verify"], ["either MODEL or --geometry"]),
         (["compile", "--geometry", "Qwen3-8B", "--target", "gfx942"], ["gfx942", "sm_90"]),
         (["tune", "--geometry", "Qwen3-8B", "--device", "cpu"], ["CUDA GPU", "'cpu'", "tri-mpk inspect"]),
         (["tune", TINY, "--geometry", "Qwen3-8B"], ["either MODEL or --geometry"]),
@@ -145,6 +147,29 @@ def test_failures_while_running_exit_with_1(monkeypatch: pytest.MonkeyPatch):
         assert_error(invoke("inspect", TINY, "--num-workers", "8"), str(failure).split()[0], exit_code=1)
     failure = KeyboardInterrupt()
     assert invoke("inspect", TINY, "--num-workers", "8").exit_code == 130
+
+
+def test_verify_a_model():
+    result = invoke("verify", TINY, "--num-workers", "8")
+    assert result.exit_code == 0 and "8 workers: verified " in result.stdout
+    facts = json.loads(invoke("verify", TINY, "--num-workers", "8", "--json").stdout)
+    assert facts["num_workers"] == 8 and facts["num_pairs"] > 0 and facts["num_unused_signals"] == 0
+
+
+def test_verify_on_trial(monkeypatch: pytest.MonkeyPatch):
+    arguments = ["verify", "--self-check", "--cases", "96", "--tasks", "2000", "--no-progress"]
+    result = invoke(*arguments, "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0 and facts["disagreements"] == []
+    assert (facts["kinds"][0]["what"], facts["kinds"][-1]["what"], facts["kinds"][-1]["cases"]) == ("none", "all", 96)
+    total = facts["kinds"][-1]
+    assert sum(total[error] for error in facts["errors"]) == total["rejected"] == total["unsafe"] > 0
+    assert all(row["tasks"] >= 2000 and row["seconds"] < 30 for row in facts["large"])
+
+    monkeypatch.setattr("tri_mpk.scheduler.regions.RegionCheck.check", lambda *_: None)
+    result = invoke(*arguments)
+    assert result.exit_code == 1 and "disagree" in result.stdout
+    assert "disagreement: seed 0, case " in result.stderr and "verify accepts it" in result.stderr
 
 
 def test_bench_takes_several_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

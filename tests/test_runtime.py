@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tri_mpk import CausalLM, MegakernelTimeout, WorkerDiedError
 from tri_mpk.account import SKIPPED
 from tri_mpk.ops.argmax import STOP_INTERVAL
 from tri_mpk.program import Program
+from tri_mpk.runtime import InterpreterRuntime
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
 from tri_mpk.scheduler.graph import STEP_EVENT
@@ -94,32 +96,35 @@ def timeout_of(model: CausalLM) -> MegakernelTimeout:
     return caught.value
 
 
-def following(program: Program, event: int) -> set[int]:
-    """Events that cannot happen before `event` has."""
-    found: set[int] = set()
-    pending = {event}
-    while pending:
-        tasks = program.events.events[pending.pop()].consumers
-        new = {e for task in tasks for e in program.events.signals[task]} - found
-        found |= new
-        pending |= new
-    return found
+def check_facts(error: MegakernelTimeout, program: Program) -> None:
+    """The wait that gave up, and a chain of unfinished tasks that begins with it."""
+    assert error.seen < error.wanted and 0 <= error.worker < 2
+    consumers = {program.graph.task_name(t): t for t, event in enumerate(program.events.wait) if event == error.event}
+    if error.task == "the end of the step":
+        assert error.event == STEP_EVENT and error.op is error.layer is error.tile is None
+    else:
+        task = program.graph.tasks[consumers[error.task]]
+        assert error.chain[0] == f"{error.task} (worker {error.worker})" and error.tile == task.tile
+        assert error.op == program.variants[task.variant].op.name
+        assert error.layer == (0 if program.graph.ops[task.op].startswith("L00 ") else None)
+    for part in (error.task, f"event {error.event} stood at {error.seen}, wanted {error.wanted}", "wait_bound_s"):
+        assert part in str(error)
+    assert error.root_cause in str(error) and all(task in str(error) for task in error.chain[1:])
 
 
 def test_a_lost_signal(impatient):
+    """Whoever began to wait first gives up first; the root cause is the event all the same."""
     model, expected = impatient
     runtime, program = model.kernel.runtime, model.kernel.program
     event = next(e for e in range(1, len(program.events.events)) if program.events.events[e].count == 2)
     runtime.set_epoch(1)
     runtime.events[event * EVENT_STRIDE] -= 1
     error = timeout_of(model)
-    # whoever began to wait first gives up first: for that event, or for one that follows from it
-    assert error.event in {event} | following(program, event)
-    assert error.seen < error.wanted and 0 <= error.worker < 2
-    consumers = [program.graph.task_name(t) for t in program.events.events[error.event].consumers]
-    assert error.task in consumers or error.task == "the end of the step"
-    for part in (error.task, f"event {error.event} stood at {error.seen}, wanted {error.wanted}", "wait_bound_s"):
-        assert part in str(error)
+    check_facts(error, program)
+    assert f"1 of 2 signals of event {event} never came" in error.root_cause
+    assert all(program.graph.task_name(t) in error.root_cause for t in program.events.events[event].producers)
+    last = next(t for t in range(len(program.graph.tasks)) if error.chain[-1].startswith(program.graph.task_name(t)))
+    assert program.events.wait[last] == event
     assert torch.equal(generate(model), expected)
 
 
@@ -129,7 +134,9 @@ def test_a_lost_signal_of_the_step_event(impatient):
     runtime.set_epoch(1)
     runtime.events[STEP_EVENT * EVENT_STRIDE] -= 1
     error = timeout_of(model)
+    check_facts(error, model.kernel.program)
     assert error.task == "the end of the step" and error.event == STEP_EVENT and error.wanted == error.seen + 1
+    assert f"signals of event {STEP_EVENT} never came" in error.root_cause
     assert torch.equal(generate(model), expected)
 
 
@@ -141,8 +148,40 @@ def test_a_fault_in_a_later_step(impatient):
     assert torch.equal(generate(model), expected)
     runtime.events[EVENT_STRIDE] -= 1
     error = timeout_of(model)
-    count = model.kernel.program.events.events[error.event].count
-    assert error.event in {1} | following(model.kernel.program, 1) and error.seen < error.wanted > count
+    check_facts(error, model.kernel.program)
+    assert error.wanted > model.kernel.program.events.events[error.event].count
+    assert "signals of event 1 never came" in error.root_cause
+    assert torch.equal(generate(model), expected)
+
+
+def test_a_wait_that_is_too_short(impatient):
+    """Nothing is wrong but the bound: every signal comes after all."""
+    model, expected = impatient
+    model.kernel.runtime.wait_bound_s = 1 / InterpreterRuntime.POLLS_PER_SECOND
+    try:
+        with pytest.raises(MegakernelTimeout, match=r"no signal is lost.*raise wait_bound_s") as caught:
+            model.generate(PROMPT, max_new_tokens=10)
+    finally:
+        model.kernel.runtime.wait_bound_s = FEW_POLLS_S * 20
+    check_facts(caught.value, model.kernel.program)
+    assert torch.equal(generate(model), expected)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_worker_that_never_arrives(impatient, monkeypatch, worker):
+    """It is there, but does nothing any more; nobody waits for it for ever, the host included."""
+    model, expected = impatient
+    runtime, program = model.kernel.runtime, model.kernel.program
+    monkeypatch.setattr(InterpreterRuntime, "LEAVE_BOUND_S", 1.0)
+    monkeypatch.setattr(runtime, "wait_bound_s", FEW_POLLS_S * 3)
+    runtime.set_epoch(1)
+    stop = functools.partial(os.kill, runtime.workers[worker].pid, signal.SIGSTOP)
+    with pytest.raises(MegakernelTimeout) as caught:
+        model.generate(PROMPT, max_new_tokens=14, streamer=AtToken(2, stop))
+    error = caught.value
+    check_facts(error, program)
+    assert error.worker == 1 - worker and "a worker that did not leave stopped before it had done" in error.root_cause
+    assert error.chain[-1] in error.root_cause and error.chain[-1].endswith(f"(worker {worker})")
     assert torch.equal(generate(model), expected)
 
 
@@ -167,14 +206,23 @@ def with_corrupt_queues(change, check) -> None:
 
 
 def test_a_wait_that_counts_too_far():
+    """Named although its worker may not be the first to give up."""
     count = words.TASK_WAIT_COUNT.value
+    damaged = []
 
     def change(queue) -> None:
-        queue[(queue[:, count] > 0).nonzero()[0][0], count] += 1
+        damaged.append(int((queue[:, count] > 0).nonzero()[0][0]))
+        queue[damaged[0], count] += 1
 
     def check(model: CausalLM) -> None:
+        program = model.kernel.program
+        task = program.schedule.queues[0][damaged[0]]
         error = timeout_of(model)
-        assert error.seen == error.wanted - 1
+        check_facts(error, program)
+        assert error.chain[-1] == f"{program.graph.task_name(task)} (worker 0)"
+        assert f"the descriptor of {error.chain[-1]} is not what was packed" in error.root_cause
+        if len(error.chain) == 1:
+            assert error.seen == error.wanted - 1 and f"it wants {error.wanted} of event" in error.root_cause
 
     with_corrupt_queues(change, check)
 
@@ -189,8 +237,9 @@ def test_a_task_of_no_variant():
     def check(model: CausalLM) -> None:
         error = timeout_of(model)
         program = model.kernel.program
-        missing = program.events.signals[program.schedule.queues[0][0]]
-        assert error.event in set(missing).union(*(following(program, event) for event in missing))
+        check_facts(error, program)
+        assert error.chain[-1] == f"{program.graph.task_name(program.schedule.queues[0][0])} (worker 0)"
+        assert f"the descriptor of {error.chain[-1]} is not what was packed" in error.root_cause
 
     with_corrupt_queues(change, check)
 

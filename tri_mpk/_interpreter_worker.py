@@ -1,7 +1,8 @@
 """One worker of the CPU path: runs the generated kernel in Triton's interpreter, as a process of its own.
 
 Started by runtime.py as a script, so that it imports nothing but torch and Triton. It reads pickled messages from
-standard input and answers each with None or the text of an exception; it ends when its standard input does.
+standard input and answers each with None (or with what was asked for) or the text of an exception; it ends when its
+standard input does.
 """
 
 import os
@@ -20,6 +21,7 @@ import traceback  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -58,14 +60,24 @@ def load(message: dict) -> dict:
     tensors = [open_tensor(path, size, torch.uint8) for path, size in message["tensors"]]
     bases = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
     queue = message["words"].view(-1).clone()
-    queue.index_add_(0, message["positions"], message["signs"] * bases[message["indices"]])
+    addresses = message["signs"] * bases[message["indices"]]
+    queue.index_add_(0, message["positions"], addresses)
     shared = [open_tensor(path, size, dtype) for path, size, dtype in message["arguments"]]
     return {
         "kernel": module.megakernel,
         "arguments": [queue, message["queue_start"], *shared],
+        "relocations": (message["positions"], addresses),
         "keep": tensors,
         "worker": message["worker"],
+        "task_words": message["words"].shape[1],
     }
+
+
+def unpacked_queue(state: dict) -> np.ndarray:
+    """The task descriptors as they are, without this process's addresses: equal in all workers."""
+    positions, addresses = state["relocations"]
+    queue = state["arguments"][0].index_add(0, positions, -addresses)
+    return queue.view(-1, state["task_words"]).numpy()
 
 
 def end_with_host(host: int) -> None:
@@ -91,6 +103,8 @@ def main() -> None:
         try:
             if message["what"] == "load":
                 state = load(message)
+            elif message["what"] == "queue":
+                answer = unpacked_queue(state)
             else:
                 logits = open_tensor(*message["logits"], torch.float32)
                 *arguments, mailbox = state["arguments"]

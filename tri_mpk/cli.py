@@ -1,4 +1,4 @@
-"""`tri-mpk`: generate, chat, inspect, compile, tune, bench and profile from a shell.
+"""`tri-mpk`: generate, chat, inspect, verify, compile, tune, bench and profile from a shell.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed while running, 2 bad
 input or unsupported model or device, 130 interrupted. torch and transformers are imported inside the commands.
@@ -415,6 +415,63 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print(f"proof      {facts['verify']['text']}")
     print(f"planned    in {facts['planning_seconds']:.2f} s")
     print(f"kernel     {facts['kernel']}")
+
+
+@app.command("verify")
+def verify_schedule(
+    model: ConfigArgument = None,
+    geometry: GeometryOption = None,
+    num_workers: NumWorkersOption = None,
+    max_seq_len: MaxSeqLenOption = None,
+    dtype: DtypeOption = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Put verify itself on trial, on random and on large schedules.")
+    ] = False,
+    cases: Annotated[int, typer.Option(min=0, help="Random schedules for --self-check.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the random schedules.")] = 0,
+    tasks: Annotated[
+        int, typer.Option(min=0, help="Tasks of the large schedules for --self-check; 0: none.")
+    ] = 100_000,
+    as_json: JsonOption = False,
+    progress: ProgressOption = True,
+) -> None:
+    """Prove a model's schedule free of deadlock and races, or check the proofs against all interleavings.
+
+    \b
+    Examples:
+      tri-mpk verify --geometry Qwen3-8B
+      tri-mpk verify --self-check --cases 10000 --seed 1
+    """
+    if not self_check:
+        program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+        facts |= {"num_workers": program.num_workers} | asdict(program.report)
+        print(json.dumps(facts) if as_json else f"{facts['model']}, {program.num_workers} workers: {program.report}")
+        return
+    if model is not None or geometry is not None:
+        raise ValueError("--self-check makes its own schedules; leave out MODEL and --geometry")
+    from tri_mpk.trial import run_trial
+
+    result = run_trial(cases, seed, tasks, progress)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_trial(result)
+    if result["disagreements"]:
+        raise typer.Exit(1)
+
+
+def print_trial(result: dict[str, Any]) -> None:
+    kinds, large = result["kinds"], result["large"]
+    columns = {"what": "schedule", "cases": "cases", "safe": "safe", "accepted": "accepted", "unsafe": "unsafe"}
+    columns |= {"rejected": "rejected"} | {error: error.removesuffix("Error") for error in result["errors"]}
+    if kinds:
+        print_table(columns | {"disagreements": "disagree", "states": "states"}, kinds)
+        print("safe and unsafe: what all interleavings show; errors: why verify rejects")
+        print(f"{len(result['disagreements'])} disagreements, {result['seconds']:.1f} s")
+    for text in result["disagreements"]:
+        note(f"tri-mpk: disagreement: {text}")
+    if large:
+        print_table({"what": "schedule", "tasks": "tasks", "events": "events", "pairs": "pairs", "seconds": "s"}, large)
 
 
 @app.command("compile")

@@ -22,15 +22,34 @@ class DeviceError(TriMpkError, RuntimeError):
 class MegakernelTimeout(TriMpkError, TimeoutError):
     """A wait inside the kernel exceeded its bound. The model stays usable; the launch's result is lost.
 
-    Attributes: task (name), worker, event, seen and wanted counts.
+    Attributes: of the wait that gave up first `task` (its name), `op`, `layer`, `tile` (None at the end of a step),
+    `worker`, `event`, and the counts `seen` and `wanted`; then `chain`, the unfinished tasks that each waited for the
+    next, that one first, and `root_cause` in words.
     """
 
-    def __init__(self, task: str, worker: int, event: int, seen: int, wanted: int, detail: str = ""):
+    def __init__(
+        self,
+        task: str,
+        worker: int,
+        event: int,
+        seen: int,
+        wanted: int,
+        *,
+        op: str | None = None,
+        layer: int | None = None,
+        tile: tuple[int, ...] | None = None,
+        chain: tuple[str, ...] = (),
+        root_cause: str = "unknown",
+    ):
         self.task, self.worker, self.event, self.seen, self.wanted = task, worker, event, seen, wanted
+        self.op, self.layer, self.tile, self.chain, self.root_cause = op, layer, tile, chain, root_cause
+        shown = chain if len(chain) <= 6 else (*chain[:3], f"{len(chain) - 5} more", *chain[-2:])
         super().__init__(
-            f"worker {worker} waited too long before {task}: event {event} stood at {seen}, wanted {wanted}"
-            f"{'; ' + detail if detail else ''}. All workers have left the kernel and the next launch starts afresh;"
-            " if this machine is just slow, raise wait_bound_s."
+            f"worker {worker} waited too long before {task}{f' ({op})' if op else ''}: event {event} stood at {seen},"
+            f" wanted {wanted}. Root cause: {root_cause}."
+            f"{' Unfinished: ' + ' <- '.join(shown) + '.' if len(chain) > 1 else ''}"
+            " All workers have left the kernel and the next launch starts afresh; if this machine is just slow, raise"
+            " wait_bound_s."
         )
 
 

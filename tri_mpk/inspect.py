@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from tri_mpk.cost_model import estimate, kv_blocks
 from tri_mpk.errors import CheckpointError, UnsupportedModelError
 from tri_mpk.generator import write_source
 from tri_mpk.gpu_profile import GpuProfile
+from tri_mpk.labels import split_label
 from tri_mpk.loading import empty_model
 from tri_mpk.model import PAGE_SIZE
 from tri_mpk.models import describe
@@ -81,12 +81,6 @@ class OpFacts:
     worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts
     worker_mean_bytes: float
     imbalance: float  # their ratio
-
-
-def split_label(label: str) -> tuple[int | None, str]:
-    """Layer and kind: `L03 gate_up` -> (3, "gate_up"), `lm_head` -> (None, "lm_head")."""
-    match = re.fullmatch(r"L(\d+) (.+)", label)
-    return (int(match[1]), match[2]) if match else (None, label)
 
 
 def critical_path(program: Program) -> list[int]:

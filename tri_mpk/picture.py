@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tri_mpk.inspect import split_label
+from tri_mpk.labels import split_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,19 +19,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from triton.compiler import CompiledKernel, make_backend
 
-from tri_mpk.errors import DeviceError, MegakernelTimeout, WorkerDiedError
+from tri_mpk.errors import DeviceError, WorkerDiedError
 from tri_mpk.generator import import_source, write_source
 from tri_mpk.gpu_profile import device_properties
 from tri_mpk.ops import argmax
 from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler import timing
-from tri_mpk.scheduler.descriptor import EVENT_STRIDE
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
 from tri_mpk.scheduler.graph import STEP_EVENT
+from tri_mpk.scheduler.watchdog import wrap_int32
 from tri_mpk.shared_memory import SharedMemory
+from tri_mpk.watchdog import differing_tasks, timeout_error
 
 CONTROL_WORDS = words.CONTROL_RECORDS.value
 ARENA_BYTES = 2 << 20  # one page of a GPU's memory
@@ -53,10 +56,6 @@ class LaunchRequest:
     logits: torch.Tensor | None = None  # [positions, V] fp32 for the logits of all positions; None: only the last
 
 
-def wrap_int32(n: int) -> int:
-    return (n + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
 class Runtime:
     """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
 
@@ -70,6 +69,7 @@ class Runtime:
         self.next_epoch = 1
         self.num_launches = 0
         self.last_steps = range(0)  # positions that the last launch processed
+        self.absent: set[int] = set()  # workers that did not leave the last launch
 
     def _allocate_state(self) -> None:
         num_events = len(self.program.events.events)
@@ -151,24 +151,12 @@ class Runtime:
         control = self.control[:CONTROL_WORDS].cpu()
         self.last_steps = range(0)
         if control[words.CONTROL_ABORT.value]:
+            counters = self.events.cpu()[::EVENT_STRIDE].tolist()
             self.set_epoch(1)
-            raise self._timeout(control)
+            raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
         first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
         first_step = int(control[words.CONTROL_FIRST_STEP.value])
         self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
-
-    def _timeout(self, control: torch.Tensor) -> MegakernelTimeout:
-        task = int(control[words.CONTROL_STUCK_TASK.value])
-        seen = int(control[words.CONTROL_STUCK_SEEN.value])
-        wanted = int(control[words.CONTROL_STUCK_WANTED.value])
-        program = self.program
-        if task < 0:
-            return MegakernelTimeout("the end of the step", -1 - task, STEP_EVENT, seen, wanted)
-        event = program.events.wait[task]
-        worker = next(w for w, queue in enumerate(program.schedule.queues) if task in queue)
-        producers = ", ".join(program.graph.task_name(t) for t in program.events.events[event].producers[:4])
-        detail = f"it is signalled by {len(program.events.events[event].producers)} tasks ({producers}, ...)"
-        return MegakernelTimeout(program.graph.task_name(task), worker, event, seen, wanted, detail)
 
     # what the two kinds of device do differently
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
@@ -177,6 +165,7 @@ class Runtime:
     def wait_bound(self) -> int: ...
     def start(self, request: LaunchRequest) -> None: ...
     def finished(self) -> bool: ...
+    def damaged_tasks(self) -> set[int]: ...
 
 
 class CudaRuntime(Runtime):
@@ -195,8 +184,7 @@ class CudaRuntime(Runtime):
                 tensor.data = self.near_empty(tensor.dims, tensor.dtype)
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
         packed = program.pack()
-        addresses = {name: program.tensors[name].data.data_ptr() for name in packed.tensor_names}
-        self.queue = torch.from_numpy(packed.relocate(addresses)).to(cuda_device)
+        self.queue = torch.from_numpy(self._relocate(packed)).to(cuda_device)
         self.queue_start = torch.from_numpy(packed.queue_start).to(cuda_device)
         self.kernel = import_source(self.source_path).megakernel
         self.began, self.done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -218,6 +206,12 @@ class CudaRuntime(Runtime):
 
     def wait_bound(self) -> int:
         return int(self.wait_bound_s * 1e9)
+
+    def _relocate(self, packed: PackedQueues) -> np.ndarray:
+        return packed.relocate({name: self.program.tensors[name].data.data_ptr() for name in packed.tensor_names})
+
+    def damaged_tasks(self) -> set[int]:
+        return differing_tasks(self.program, self.queue.cpu().numpy(), self._relocate(self.program.pack()))
 
     def _arguments(self, logits: torch.Tensor | None) -> tuple:
         logits = self.default_logits if logits is None else logits
@@ -272,6 +266,7 @@ class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
+    LEAVE_BOUND_S = 10.0  # this and the wait bound without a signal after an abort: who is still here never leaves
 
     def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
         super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
@@ -347,6 +342,8 @@ class InterpreterRuntime(Runtime):
         if not self.workers:
             self._start_workers()
         logits = self.default_logits if request.logits is None else request.logits
+        self.absent = set()
+        self.progress = (0, time.monotonic())
         for process in self.workers:
             self._send(process, {"what": "run", "logits": self.memory.locate(logits)})
         self.busy = set(range(len(self.workers)))
@@ -361,7 +358,28 @@ class InterpreterRuntime(Runtime):
                 if answer is not None:
                     self._fail(f"worker {key.data}: {answer}")
                 self.busy.discard(key.data)
+        if self.busy and self.control[words.CONTROL_ABORT.value]:
+            self._watch_leaving()
         return not self.busy
+
+    def _watch_leaving(self) -> None:
+        """After an abort, workers signal until they have left: without a signal for long, those still here are lost."""
+        signals, since = self.progress
+        if (now_given := int(self.events.sum())) != signals:
+            self.progress = now_given, time.monotonic()
+        elif time.monotonic() - since > self.LEAVE_BOUND_S + self.wait_bound_s:
+            self.absent, self.busy, self.workers = self.busy, set(), []
+            self._finalizer()
+
+    def damaged_tasks(self) -> set[int]:
+        """Every worker has a copy of the queues and follows its own part of it."""
+        expected = self.program.pack()
+        found = expected.words.copy()
+        for worker, process in enumerate(self.workers):
+            self._send(process, {"what": "queue"})
+            lo, hi = expected.queue_start[worker : worker + 2]
+            found[lo:hi] = pickle.load(process.stdout)[lo:hi]
+        return differing_tasks(self.program, found, expected.words)
 
     def _fail(self, reason: str) -> None:
         """One worker is lost, so no wait can be relied on: end all, start new ones, and say what happened."""

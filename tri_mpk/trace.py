@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tri_mpk.inspect import split_label
+from tri_mpk.labels import split_label
 
 if TYPE_CHECKING:
     from tri_mpk.profiler import Profile

@@ -385,6 +385,8 @@ def test_a_wait_that_counts_too_far(impatient):
     error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
     assert error.seen < error.wanted and 0 <= error.worker < impatient.kernel.num_workers
     assert error.task in str(error) and f"event {error.event} stood at {error.seen}" in str(error)
+    damaged = impatient.kernel.program.graph.task_name(int(saved[record, words.TASK_VARIANT.value]) >> 32)
+    assert error.chain[-1].startswith(f"{damaged} (") and f"the descriptor of {damaged} (" in error.root_cause
 
 
 def test_a_task_of_no_variant(impatient):
@@ -395,7 +397,9 @@ def test_a_task_of_no_variant(impatient):
         queue[0, words.TASK_VARIANT.value] = queue[0, words.TASK_VARIANT.value] >> 32 << 32 | 77
 
     error = check_timeout(impatient, fault, lambda: queue.copy_(saved))
+    damaged = impatient.kernel.program.graph.task_name(impatient.kernel.program.schedule.queues[0][0])
     assert error.seen < error.wanted
+    assert error.chain[-1].startswith(f"{damaged} (") and f"the descriptor of {damaged} (" in error.root_cause
 
 
 def test_a_task_that_only_signals(impatient):
@@ -419,8 +423,10 @@ def test_a_task_that_only_signals(impatient):
 
 def test_a_lost_signal(impatient):
     runtime = impatient.kernel.runtime
-    error = check_timeout(impatient, lambda: runtime.events[EVENT_STRIDE::EVENT_STRIDE].sub_(1), lambda: None)
-    assert error.wanted - error.seen >= 1
+    event = 1 + len(runtime.program.events.events) // 2
+    error = check_timeout(impatient, lambda: runtime.events[event * EVENT_STRIDE].sub_(1), lambda: None)
+    count = runtime.program.events.events[event].count
+    assert error.wanted > error.seen and f"1 of {count} signals of event {event} never came" in error.root_cause
 
 
 # ---- refusals ----

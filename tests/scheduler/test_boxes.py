@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from itertools import product
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tri_mpk.scheduler.boxes import first_uncovered, intersect, subtract
 from tri_mpk.scheduler.graph import Box
+from tri_mpk.scheduler.regions import TensorAccesses
 
 interval = st.tuples(st.integers(0, 5), st.integers(0, 5)).map(lambda i: (min(i), max(i) + 1))
 
@@ -50,3 +53,15 @@ def test_subtract_and_intersect(a, b):
     assert (points(common) if common else set()) == points(a) & points(b)
     rest = [points(part) for part in subtract(a, b)]
     assert set().union(*rest) == points(a) - points(b) and sum(map(len, rest)) == len(points(a) - points(b))
+
+
+@pytest.mark.parametrize("num_dims", [0, 1, 2, 3])
+@pytest.mark.parametrize("largest", [1, 8, 400])
+def test_overlaps_are_all_pairs_that_intersect(num_dims, largest):
+    rng = random.Random(num_dims)
+    accesses = TensorAccesses("x")
+    for task in range(700):  # several chunks
+        lows = [rng.randrange(400) for _ in range(num_dims)]
+        accesses.add(task, tuple((lo, lo + rng.randint(1, largest)) for lo in lows), is_write=True)
+    expected = [{j for j, b in enumerate(accesses.boxes) if intersect(a, b) is not None} for a in accesses.boxes]
+    assert [set(near.tolist()) for near in accesses.overlaps()] == expected

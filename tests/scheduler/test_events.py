@@ -5,8 +5,7 @@ import time
 import pytest
 from hypothesis import given, settings
 
-from scheduler_helpers import GraphBuilder, chain, graphs, transformer
-from scheduler_simulator import conflict
+from scheduler_helpers import GraphBuilder, chain, graphs
 from tri_mpk.scheduler import (
     MAX_SIGNALS,
     STEP_EVENT,
@@ -15,6 +14,8 @@ from tri_mpk.scheduler import (
     TooManySignals,
     derive_events,
 )
+from tri_mpk.scheduler.examples import butterfly_events, butterfly_graph, decoder_graph
+from tri_mpk.scheduler.explore import conflict
 
 
 def ancestors(graph: TaskGraph, events: Events) -> list[set[int]]:
@@ -154,10 +155,15 @@ def _reduced(needed: list[set[int]], task: int) -> set[int]:
 
 @pytest.mark.parametrize("reuse_buffers", [False, True])
 def test_a_whole_model_takes_seconds(reuse_buffers):
-    graph = transformer(num_layers=36, num_workers=132, reuse_buffers=reuse_buffers)
+    graph = decoder_graph(num_layers=36, num_workers=132, reuse_buffers=reuse_buffers)
     start = time.perf_counter()
     events = derive_events(graph)
     seconds = time.perf_counter() - start
     print(f"{len(graph.tasks)} tasks, {len(events.events)} events in {seconds:.2f} s")
     assert len(events.events) < 20 * 36
     assert seconds < 10
+
+
+def test_the_events_of_a_butterfly_need_no_derivation():
+    graph = butterfly_graph(num_stages=7, log2_width=3)
+    assert butterfly_events(graph, log2_width=3) == derive_events(graph)

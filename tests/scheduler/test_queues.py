@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler_helpers import GraphBuilder, graphs, transformer
+from scheduler_helpers import GraphBuilder, graphs
 from tri_mpk.scheduler import TaskGraph, derive_events, imbalance, schedule
+from tri_mpk.scheduler.examples import decoder_graph
 from tri_mpk.scheduler.graph import Events
 
 
@@ -83,7 +84,7 @@ def test_no_workers_is_refused():
 
 
 def test_a_whole_model_takes_no_time():
-    graph = transformer(num_layers=36, num_workers=132, reuse_buffers=True)
+    graph = decoder_graph(num_layers=36, num_workers=132, reuse_buffers=True)
     start = time.perf_counter()
     found = schedule(graph, Events([], [], []), 132).queues
     seconds = time.perf_counter() - start

@@ -1,0 +1,282 @@
+"""`verify` on trial: random schedules, damaged in known ways, against the brute force of `explore`.
+
+A case is a random graph with its derived events and queues, changed by one of MUTATIONS (or by none, or by several),
+and made from nothing but the seed and its number. `verify` must accept it if no interleaving goes wrong, and reject
+it otherwise, for a reason that some interleaving shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from .errors import CountError, DeadlockError, ScheduleError, StepOverlapError
+from .events import TooManySignals, derive_events
+from .explore import Exploration, explore
+from .graph import MAX_SIGNALS, STEP_EVENT, Box, Events, Region, Schedule, Task, TaskGraph, TensorInfo
+from .queues import schedule
+from .verify import verify
+
+MAX_TASKS = 7  # of a random graph: some hundred states to explore
+MAX_WORKERS = 3
+
+
+@dataclass(slots=True)
+class Case:
+    """A schedule to judge. `mutation` says how it was damaged, and `number` and the seed make it again."""
+
+    number: int
+    mutation: str
+    graph: TaskGraph
+    events: Events
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What `verify` (its error, or None) and `explore` say about a case."""
+
+    case: Case
+    error: ScheduleError | None
+    exploration: Exploration
+
+    @property
+    def is_safe(self) -> bool:
+        return not self.exploration.faults
+
+    @property
+    def agree(self) -> bool:
+        """Whether both judge alike, and some interleaving shows what the error says.
+
+        A wrong count may show as any fault, and where some workers wait for ever, others may run on into the next step.
+        """
+        if self.error is None or self.is_safe:
+            return self.error is None and self.is_safe
+        faults = self.exploration.faults
+        if isinstance(self.error, DeadlockError):
+            return not faults.isdisjoint({DeadlockError, StepOverlapError})
+        return isinstance(self.error, CountError) or type(self.error) in faults
+
+    def __str__(self) -> str:
+        verdict = "accepts it" if self.error is None else f"says {type(self.error).__name__}: {self.error}"
+        found = ", ".join(sorted(fault.__name__ for fault in self.exploration.faults)) or "no fault"
+        return f"case {self.case.number} ({self.case.mutation}): verify {verdict}; exploring it finds {found}"
+
+
+def self_check(num_cases: int, seed: int) -> Iterator[Judgement]:
+    """Judge `num_cases` random cases, one after another."""
+    return (judge(random_case(seed, number)) for number in range(num_cases))
+
+
+def judge(case: Case) -> Judgement:
+    error = None
+    try:
+        verify(case.graph, case.events, case.schedule)
+    except ScheduleError as caught:
+        error = caught
+    return Judgement(case, error, explore(case.graph, case.events, case.schedule))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one kind of mutation, or of all."""
+
+    cases: int = 0
+    safe: int = 0
+    accepted: int = 0
+    disagreements: int = 0
+    states: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)  # by name of the error
+
+    def add(self, judgement: Judgement) -> None:
+        self.cases += 1
+        self.safe += judgement.is_safe
+        self.accepted += judgement.error is None
+        self.disagreements += not judgement.agree
+        self.states += judgement.exploration.num_states
+        if judgement.error is not None:
+            self.rejected[type(judgement.error).__name__] += 1
+
+
+# ---- random graphs ----
+
+
+def random_case(seed: int, number: int) -> Case:
+    rng = random.Random(f"{seed}/{number}")
+    names = list(MUTATIONS)
+    mutation = ["none", *names, "several"][number % (len(names) + 2)]
+    graph, events, queues = random_schedule(rng, rng.randint(2, MAX_TASKS), rng.randint(1, MAX_WORKERS))
+    case = Case(number, mutation, graph, events, queues)
+    several = [rng.choice(names) for _ in range(rng.randint(2, 3))]
+    for name in {"none": [], "several": several}.get(mutation, [mutation]):
+        MUTATIONS[name](rng, case)
+    return case
+
+
+def random_schedule(rng: random.Random, num_tasks: int, num_workers: int) -> tuple[TaskGraph, Events, Schedule]:
+    """A random graph with its derived events and queues. All are sound, but for reads of what nobody wrote."""
+    while True:
+        graph = random_graph(rng, num_tasks)
+        try:
+            events = derive_events(graph)
+        except TooManySignals:
+            continue
+        return graph, events, schedule(graph, events, num_workers)
+
+
+def random_graph(rng: random.Random, num_tasks: int) -> TaskGraph:
+    """Tasks on random boxes of up to three small tensors, reused in place, with many readers and writers."""
+    shapes = [rng.choice([(4,), (3,), (2, 3)]) for _ in range(rng.randint(1, 3))]
+    graph = TaskGraph(tensors={f"x{i}": TensorInfo(dims, rng.random() < 0.5) for i, dims in enumerate(shapes)})
+    empty = [name for name, info in graph.tensors.items() if not info.initialised]
+    for index in range(num_tasks):
+        if index == 0 or rng.random() < 0.5:
+            graph.ops.append(f"op{len(graph.ops)}")
+        reads, writes = random_regions(rng, graph), random_regions(rng, graph)
+        if index == 0 and empty and rng.random() < 0.9:  # mostly a first task writes what has no data
+            reads, writes = (), tuple(Region(name, whole_box(graph.tensors[name])) for name in empty)
+        graph.tasks.append(Task(len(graph.ops) - 1, (index,), reads, writes, cost_bytes=rng.randint(0, 3)))
+    return graph
+
+
+def random_regions(rng: random.Random, graph: TaskGraph) -> tuple[Region, ...]:
+    def interval(size: int) -> tuple[int, int]:
+        lo = rng.randrange(size)
+        return lo, rng.randint(lo + 1, size)
+
+    names = [rng.choice(list(graph.tensors)) for _ in range(rng.randint(0, 2))]
+    return tuple(Region(name, tuple(map(interval, graph.tensors[name].dims))) for name in names)
+
+
+def whole_box(info: TensorInfo) -> Box:
+    return tuple((0, size) for size in info.dims)
+
+
+# ---- mutations: `MUTATIONS[name](rng, case)` changes the case in place ----
+
+
+def drop_signal(rng: random.Random, case: Case) -> None:
+    """A task no longer signals one of its events."""
+    signals = rng.choice([signals for signals in case.events.signals if signals] or [[0]])
+    signals.pop(rng.randrange(len(signals)))
+
+
+def drop_signal_and_count(rng: random.Random, case: Case) -> None:
+    """As before, and nobody waits for that signal. The task still precedes the step event."""
+    signals = rng.choice([signals for signals in case.events.signals if signals] or [[0]])
+    _forget(case.events, signals, signals[rng.randrange(len(signals))])
+
+
+def leave_step(rng: random.Random, case: Case) -> None:
+    """A task no longer signals the step event, and nobody waits for that."""
+    events = case.events
+    task = _random_task(rng, case, lambda task: STEP_EVENT in events.signals[task])
+    if STEP_EVENT in events.signals[task]:
+        events.signals[task].remove(STEP_EVENT)
+        events.events[STEP_EVENT].count -= 1
+
+
+def add_signal(rng: random.Random, case: Case) -> None:
+    """A signal more than the waits count."""
+    event = rng.randrange(len(case.events.events))
+    _add_signal(rng, case, event)
+
+
+def add_signal_and_count(rng: random.Random, case: Case) -> None:
+    """A signal more, and a wait for it."""
+    event = rng.randrange(len(case.events.events))
+    case.events.events[event].count += _add_signal(rng, case, event)
+
+
+def lower_count(rng: random.Random, case: Case) -> None:
+    rng.choice(case.events.events).count -= 1
+
+
+def raise_count(rng: random.Random, case: Case) -> None:
+    rng.choice(case.events.events).count += 1
+
+
+def remove_wait(rng: random.Random, case: Case) -> None:
+    """A task no longer waits."""
+    case.events.wait[_random_task(rng, case, lambda task: case.events.wait[task] >= 0)] = -1
+
+
+def redirect_wait(rng: random.Random, case: Case) -> None:
+    """A task waits for another event."""
+    case.events.wait[_random_task(rng, case)] = rng.randrange(len(case.events.events))
+
+
+def remove_event(rng: random.Random, case: Case) -> None:
+    """Nobody signals an event or waits for it any more. Its producers still precede the step event."""
+    events = case.events
+    gone = rng.randrange(len(events.events))
+    events.wait[:] = [-1 if event == gone else event for event in events.wait]
+    for signals in events.signals:
+        if gone in signals and gone != STEP_EVENT:
+            _forget(events, signals, gone)
+
+
+def swap_tasks(rng: random.Random, case: Case) -> None:
+    """Two tasks change places, in one queue or between two."""
+    places = [(queue, slot) for queue in case.schedule.queues for slot in range(len(queue))]
+    (a, i), (b, j) = rng.sample(places, 2)
+    a[i], b[j] = b[j], a[i]
+
+
+def move_task(rng: random.Random, case: Case) -> None:
+    """A task goes to any place of any queue."""
+    task = _random_task(rng, case)
+    next(queue for queue in case.schedule.queues if task in queue).remove(task)
+    queue = rng.choice(case.schedule.queues)
+    queue.insert(rng.randint(0, len(queue)), task)
+
+
+def alias_regions(rng: random.Random, case: Case) -> None:
+    """One task's region turns out to be another one's memory."""
+    graph = case.graph
+    task = graph.tasks[_random_task(rng, case, lambda task: bool(graph.tasks[task].reads or graph.tasks[task].writes))]
+    regions = [region for other in graph.tasks for region in (*other.reads, *other.writes)]
+    side = rng.choice([name for name in ("reads", "writes") if getattr(task, name)] or ["reads"])
+    old = list(getattr(task, side))
+    if old:
+        old[rng.randrange(len(old))] = rng.choice(regions)
+    setattr(task, side, tuple(old))
+
+
+def change_regions(rng: random.Random, case: Case) -> None:
+    """A task uses other memory than its events were derived for."""
+    task = case.graph.tasks[_random_task(rng, case)]
+    task.reads, task.writes = random_regions(rng, case.graph), random_regions(rng, case.graph)
+
+
+MUTATIONS: dict[str, Callable[[random.Random, Case], None]] = {
+    mutation.__name__: mutation
+    for mutation in (
+        drop_signal, drop_signal_and_count, leave_step, add_signal, add_signal_and_count, lower_count, raise_count,
+        remove_wait, redirect_wait, remove_event, swap_tasks, move_task, alias_regions, change_regions,
+    )
+}  # fmt: skip
+
+
+def _random_task(rng: random.Random, case: Case, wanted: Callable[[int], bool] = lambda task: True) -> int:
+    """One of the wanted tasks, or any where there is none."""
+    tasks = range(len(case.graph.tasks))
+    return rng.choice([task for task in tasks if wanted(task)] or tasks)
+
+
+def _add_signal(rng: random.Random, case: Case, event: int) -> bool:
+    signals = case.events.signals[_random_task(rng, case, lambda task: len(case.events.signals[task]) < MAX_SIGNALS)]
+    if len(signals) < MAX_SIGNALS:
+        signals.append(event)
+        return True
+    return False
+
+
+def _forget(events: Events, signals: list[int], event: int) -> None:
+    signals.remove(event)
+    events.events[event].count -= 1
+    if not signals:
+        signals.append(STEP_EVENT)
+        events.events[STEP_EVENT].count += 1

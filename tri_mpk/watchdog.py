@@ -1,0 +1,89 @@
+"""What a hung launch left behind, in words: from control words and counters to a MegakernelTimeout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from tri_mpk.errors import MegakernelTimeout
+from tri_mpk.labels import split_label
+from tri_mpk.program import Program
+from tri_mpk.scheduler import STEP_EVENT
+from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.watchdog import Cause, Diagnosis, StuckWait, diagnose
+
+
+def timeout_error(
+    program: Program,
+    control: Sequence[int],
+    counters: Sequence[int],
+    damaged: Collection[int] = (),
+    absent: Collection[int] = (),
+) -> MegakernelTimeout:
+    """The error for a launch that was aborted, with the control block and all event counters as it left them."""
+    names = _Names(program)
+    stuck = stuck_wait(program, control, names.worker_of)
+    found = diagnose(
+        program.events, program.schedule, counters, control[words.CONTROL_FIRST_EPOCH.value], stuck, damaged, absent
+    )
+    where = {}
+    if stuck.task is not None:
+        task = program.graph.tasks[stuck.task]
+        where["op"] = program.variants[task.variant].op.name
+        where["layer"], _ = split_label(program.graph.ops[task.op])
+        where["tile"] = task.tile
+    return MegakernelTimeout(
+        "the end of the step" if stuck.task is None else program.graph.task_name(stuck.task),
+        stuck.worker,
+        stuck.event,
+        stuck.seen,
+        stuck.wanted,
+        chain=tuple(map(names.task, found.chain)),
+        root_cause=names.root_cause(stuck, found),
+        **where,
+    )
+
+
+def stuck_wait(program: Program, control: Sequence[int], worker_of: dict[int, int]) -> StuckWait:
+    """What the worker that gave up first has recorded."""
+    task = control[words.CONTROL_STUCK_TASK.value]
+    seen, wanted = control[words.CONTROL_STUCK_SEEN.value], control[words.CONTROL_STUCK_WANTED.value]
+    if task < 0:
+        return StuckWait(-1 - task, None, STEP_EVENT, seen, wanted)
+    return StuckWait(worker_of[task], task, program.events.wait[task], seen, wanted)
+
+
+def differing_tasks(program: Program, found: np.ndarray, packed: np.ndarray) -> set[int]:
+    """The tasks whose descriptors differ: records of all workers one after another, at least one each."""
+    records = [task for queue in program.schedule.queues for task in queue or [-1]]
+    return {records[row] for row in np.flatnonzero((found != packed).any(axis=1))} - {-1}
+
+
+class _Names:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.worker_of = {task: w for w, queue in enumerate(program.schedule.queues) for task in queue}
+
+    def task(self, task: int) -> str:
+        return f"{self.program.graph.task_name(task)} (worker {self.worker_of[task]})"
+
+    def tasks(self, tasks: list[int]) -> str:
+        shown = ", ".join(map(self.task, tasks[:4]))
+        return shown if len(tasks) <= 4 else f"{shown} or {len(tasks) - 4} more"
+
+    def root_cause(self, stuck: StuckWait, found: Diagnosis) -> str:
+        who = self.tasks(found.suspects)
+        if found.cause is Cause.STOPPED:
+            return f"a worker that did not leave stopped before it had done {who}"
+        if found.cause is Cause.LOST:
+            total = sum(signals.count(found.event) for signals in self.program.events.signals)
+            lost = f"{found.missing} of {total} signals of event {found.event} never came"
+            return f"{lost}, to be given by {'one of ' if len(found.suspects) > 1 else ''}{who}"
+        if found.cause is Cause.LATE:
+            late = f"those of event {stuck.event} came after the bound: some worker was slow"
+            behind = f"a worker had not begun this step by then, in which it comes to {who} first"
+            return f"no signal is lost, {behind if found.suspects else late}"
+        count = self.program.events.events[stuck.event].count
+        wait = f"; it wants {stuck.wanted} of event {stuck.event}, where the schedule says {count} per step"
+        return f"the descriptor of {who} is not what was packed{wait if found.suspects == [stuck.task] else ''}"
