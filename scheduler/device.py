@@ -149,16 +149,17 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
     else:
         tl.inline_asm_elementwise(  # byte offsets are 8 x the CONTROL_ words above
             """{
-            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag; .reg .u64 start, now, bound; .reg .s64 wide;
+            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start; .reg .u64 now; .reg .s64 wide;
             mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
             ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
-            mov.u64 start, %globaltimer;
+            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 start, now;
             MORE: mov.s32 polls, 0;
             POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
             ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
-            mov.u64 now, %globaltimer; sub.u64 now, now, start;
-            ld.global.u64 bound, [$3 + 40]; setp.lt.u64 p, now, bound; @p bra MORE;
+            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 flag, now; sub.u32 start, flag, start;
+            ld.global.u64 now, [$3 + 40]; shr.u64 now, now, 10; min.u64 now, now, 0xfffffffe; cvt.u32.u64 tid, now;
+            setp.lt.u32 p, start, tid; sub.u32 start, flag, start; @p bra MORE;
             atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
             cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
             cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
