@@ -18,7 +18,7 @@ MIN_RING_SLOTS = 6  # of which one is read and one waits to be refilled
 MIN_BLOCK_KV = 16  # the least that tl.dot takes
 MAX_BLOCK_KV = 32
 MAX_BLOCK_ELEMENTS = 2048  # of one block of keys: more does not fit the registers of a warp
-SPLIT_TOKENS = 256  # a part of the KV length is worth another worker, and one more to merge, from here on
+SPLIT_BYTES = 32 << 10  # of keys and values of 16 bits: worth another worker, and one more part to merge, from here on
 BUSY_WORKERS = 0.95  # attention gives so many of them something to do, at least
 
 
@@ -72,7 +72,7 @@ def choose_tuning(gpu: GpuProfile, num_kv_heads: int, head_dim: int, num_workers
         slot_bytes=choose_slot_bytes(gpu),
         block_kv=largest_block_kv(head_dim),
         num_splits=choose_num_splits(num_workers, num_kv_heads),
-        split_tokens=SPLIT_TOKENS,
+        split_tokens=max(1, SPLIT_BYTES // (4 * head_dim)),
     )
 
 

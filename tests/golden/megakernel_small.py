@@ -2,8 +2,8 @@
 
 variant 0: embedding(V=1024, D=256, BLOCK_D=256)
 variant 1: rmsnorm_linear(D=256, EPS=1e-06, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=256, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BY_WARPS=True, BLOCK_H=8, BLOCK_DH=64, BLOCK_KV=32)
-variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=256, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BY_WARPS=True, BLOCK_H=8, BLOCK_DH=64, BLOCK_KV=32)
+variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
 variant 4: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
 variant 5: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
 variant 6: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
@@ -96,16 +96,17 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
     else:
         tl.inline_asm_elementwise(  # byte offsets are 8 x the CONTROL_ words above
             """{
-            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag; .reg .u64 start, now, bound; .reg .s64 wide;
+            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start; .reg .u64 now; .reg .s64 wide;
             mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
             ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
-            mov.u64 start, %globaltimer;
+            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 start, now;
             MORE: mov.s32 polls, 0;
             POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
             ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
-            mov.u64 now, %globaltimer; sub.u64 now, now, start;
-            ld.global.u64 bound, [$3 + 40]; setp.lt.u64 p, now, bound; @p bra MORE;
+            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 flag, now; sub.u32 start, flag, start;
+            ld.global.u64 now, [$3 + 40]; shr.u64 now, now, 10; min.u64 now, now, 0xfffffffe; cvt.u32.u64 tid, now;
+            setp.lt.u32 p, start, tid; sub.u32 start, flag, start; @p bra MORE;
             atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
             cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
             cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
@@ -677,7 +678,7 @@ def rotate_head(
     DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Normalised (if NORM) and rotated: x * cos + rotate_half(x) * sin."""
-    d = tl.arange(0, BLOCK_DH)[None, :]
+    d = tl.arange(0, BLOCK_DH)[None, :] + tl.zeros(x.shape, tl.int32)  # as few elements per thread as x has
     x = x.to(tl.float32)
     x_partner = x_partner.to(tl.float32)
     if NORM:
@@ -952,7 +953,7 @@ def merge_warps(
 @triton.jit
 def attend_by_warps(
     task, event_ptr, control_ptr, epoch, step, smem,
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row, page_table_ptr,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,
     k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -963,8 +964,8 @@ def attend_by_warps(
     TILES: tl.constexpr = BLOCK_KV // 16
     DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
     warp, g, j = lane_place()
-    d = tl.arange(0, BLOCK_DH)[None, :]
-    h = tl.arange(0, BLOCK_H)[:, None]
+    d = tl.arange(0, BLOCK_DH)[None, :] + tl.zeros([BLOCK_H, BLOCK_DH], tl.int32)
+    h = tl.arange(0, BLOCK_H)[:, None] + tl.zeros([BLOCK_H, BLOCK_DH], tl.int32)
     is_first = split == 0
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
     first = split * num_blocks // num_splits
@@ -976,13 +977,17 @@ def attend_by_warps(
     num_rows = tl.where(block < last, step - block * BLOCK_KV, 0)
     keys = load_keys(k_cache_ptr, row, num_rows, DH, TILES)
     values = load_values(v_cache_ptr, row, num_rows, DH, TILES)
-    new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
+    new_page = tl.load(page_table_ptr + step // PAGE_SIZE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if split < num_splits:
         # all loads before the first use of one: they are under way together
+        cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
+        sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
         q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
-        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_first.to(tl.int32), 1, DH, BLOCK_DH)
-        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=(d < DH) & is_first, other=0.0)
+        # the new key and value are row 0 of a block as large: fewer registers than a row that all warps hold
+        k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_first.to(tl.int32), BLOCK_H, DH, BLOCK_DH)
+        is_new = (d < DH) & (h == 0) & is_first
+        v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=is_new, other=0.0)
         q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
         q *= SCALE * 1.4426950408889634  # log2(e)
         q_at = smem + SUMS_OFFSET
@@ -992,11 +997,11 @@ def attend_by_warps(
         if is_first:  # the new token
             k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
             v_new = v_new.to(DTYPE)
-            new_row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
-            tl.store(k_cache_ptr + new_row + d, k_new, mask=d < DH)
-            tl.store(v_cache_ptr + new_row + d, v_new, mask=d < DH)
-            write_half(k_at + d * 2, k_new)
-            write_half(v_at + d * 2, v_new)
+            new_row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
+            tl.store(k_cache_ptr + new_row + d, k_new, mask=is_new)
+            tl.store(v_cache_ptr + new_row + d, v_new, mask=is_new)
+            write_half(k_at + (h * PADDED + d) * 2, k_new)
+            write_half(v_at + (h * PADDED + d) * 2, v_new)
         tl.debug_barrier()
         q_at += (g * PADDED + 8 * j) * 2
         zero = tl.zeros([WARPS, LANES], tl.float32)
@@ -1051,7 +1056,7 @@ def load_block(
 @triton.jit
 def attend_by_blocks(
     task, event_ptr, control_ptr, epoch, step,
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row, page_table_ptr,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,
     k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -1063,9 +1068,11 @@ def attend_by_blocks(
     num_blocks = (step + BLOCK_KV - 1) // BLOCK_KV
     first = split * num_blocks // num_splits
     last = (split + 1) * num_blocks // num_splits
-    new_page = tl.load(page_table_ptr + step // PAGE_SIZE).to(tl.int64)
+    new_page = tl.load(page_table_ptr + step // PAGE_SIZE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     if split < num_splits:
+        cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
+        sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
         q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
         q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
         q *= SCALE * 1.4426950408889634  # log2(e)
@@ -1078,7 +1085,7 @@ def attend_by_blocks(
             k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
-            row = ((new_page * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
+            row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
             tl.store(k_cache_ptr + row + d, k_new, mask=d < DH)
             tl.store(v_cache_ptr + row + d, v_new, mask=d < DH)
             m = tl.sum(q.to(k_new.dtype).to(tl.float32) * k_new.to(tl.float32), axis=1)
@@ -1118,19 +1125,16 @@ def attention_tile(
     PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, BY_WARPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_DH)[None, :]
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
-    cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
-    sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
     if BY_WARPS:
         attend_by_warps(
-            task, event_ptr, control_ptr, epoch, step, ring[0], qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row,
+            task, event_ptr, control_ptr, epoch, step, ring[0], qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr,
             page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
             H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
         )  # fmt: skip
     else:
         attend_by_blocks(
-            task, event_ptr, control_ptr, epoch, step, qkv_ptr, q_gain_ptr, k_gain_ptr, cos_row, sin_row,
+            task, event_ptr, control_ptr, epoch, step, qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr,
             page_table_ptr, k_cache_ptr, v_cache_ptr, parts_ptr, lse_ptr, kv_head, split, num_splits,
             H, HKV, DH, PAGE_SIZE, SCALE, NORM, EPS, BLOCK_H, BLOCK_DH, BLOCK_KV, PORTABLE,
         )  # fmt: skip
@@ -1691,7 +1695,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     HKV=2,
                     DH=64,
                     NUM_SPLITS=66,
-                    SPLIT_TOKENS=256,
+                    SPLIT_TOKENS=128,
                     PAGE_SIZE=128,
                     SCALE=0.125,
                     NORM=True,
@@ -1721,7 +1725,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     K=256,
                     DH=64,
                     NUM_SPLITS=66,
-                    SPLIT_TOKENS=256,
+                    SPLIT_TOKENS=128,
                     HAS_BIAS=False,
                     SLOT_ROWS=16,
                     BLOCK_N=512,
