@@ -1,7 +1,8 @@
 """Inline PTX in Triton's interpreter: as much of it as the work by warps in ops/ uses, on numpy arrays.
 
 A tensor [WARPS, LANES] is a block's threads, one element each, so that shuffles and matrix instructions find the other
-lanes of a warp. Branches and barriers are not emulated: all threads go through an instruction before the next one.
+lanes of a warp. All threads go through an instruction before the next one, except behind branches, so barriers of the
+block mean nothing here; those in shared memory (mbarrier) are counted, and bulk copies are done at once.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-SHARED_BYTES = 64 << 10
+THREADS = (16, 32)  # what has no inputs is the same in all threads, or says which thread it is
+NUM_THREADS = 512
+SHARED_BYTES = 232448
+STREAMS_BYTES = 16 << 10  # of those, in front of address 0
 shared = np.zeros(SHARED_BYTES, np.uint8)
 
 
 def _gather(memory: np.ndarray, index: np.ndarray, num_bytes: int) -> np.ndarray:
     return memory[index[:, None] + np.arange(num_bytes)]
+
+
+def _shared_index(addresses: np.ndarray) -> np.ndarray:
+    index = addresses.astype(np.uint32).view(np.int32).astype(int) + STREAMS_BYTES
+    assert ((index >= 0) & (index < SHARED_BYTES)).all(), "an address beyond shared memory"
+    return index
 
 
 def _memory(addresses: np.ndarray, num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,22 +39,47 @@ def _memory(addresses: np.ndarray, num_bytes: int) -> tuple[np.ndarray, np.ndarr
     return np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), np.uint8), (addresses - low).astype(int)
 
 
+class Barrier:
+    """An mbarrier: a phase is over when all arrivals and all bytes of it are in."""
+
+    def __init__(self, count: int):
+        self.count = self.arrivals = count
+        self.bytes = self.phase = 0
+
+    def arrive(self, num_bytes: int = 0) -> None:
+        self.arrivals -= 1
+        assert self.arrivals >= 0, "more arrivals than the barrier counts"
+        self.transfer(num_bytes)
+
+    def transfer(self, num_bytes: int) -> None:
+        self.bytes += num_bytes
+        if self.arrivals == 0 and self.bytes == 0:
+            self.arrivals, self.phase = self.count, self.phase ^ 1
+
+
+barriers: dict[int, Barrier] = {}
+
+
 class Block:
     """One run of an inline assembly: registers by name, as uint64 [threads]."""
 
     def __init__(self, inputs: list[np.ndarray], num_outputs: int):
-        self.size = max((x.size for x in inputs), default=1)
+        self.size = max((x.size for x in inputs), default=NUM_THREADS)
         self.registers = {f"${num_outputs + i}": np.broadcast_to(x.ravel(), self.size) for i, x in enumerate(inputs)}
+        self.registers["%tid.x"] = np.arange(self.size, dtype=np.uint64)
 
     def read(self, name: str) -> np.ndarray:
         name = name.strip()
         if name in self.registers:
             return self.registers[name]
-        value = np.float32(0).view(np.uint32) if name.startswith("0f") else int(name, 0) & 0xFFFFFFFF
+        value = np.float32(float(name)).view(np.uint32) if "." in name else int(name, 0) & 0xFFFFFFFF
         return np.full(self.size, value, np.uint64)
 
     def floats(self, name: str) -> np.ndarray:
         return self.read(name).astype(np.uint32).view(np.float32)
+
+    def integers(self, name: str) -> np.ndarray:
+        return self.read(name).astype(np.uint32).view(np.int32).astype(np.int64)
 
     def write(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
         if value.dtype == np.float32:
@@ -52,34 +87,80 @@ class Block:
         old = self.registers.get(name, np.zeros(self.size, np.uint64))
         self.registers[name] = np.where(active, value.astype(np.uint64), old)
 
+    def addresses(self, operand: str) -> np.ndarray:
+        """Of `[register + offset]`."""
+        register, _, offset = operand.strip("[] ").partition("+")
+        return self.read(register) + np.uint64(int(offset or 0))
+
     def lanes(self, x: np.ndarray) -> np.ndarray:
         assert self.size % 32 == 0, "a warp instruction needs whole warps"
         return x.reshape(-1, 32)
 
+    def execute(self, asm: str) -> None:
+        """All threads, each as far as its branches lead it; those that are behind go first."""
+        statements, labels = [], {}
+        for statement in re.sub(r"^\s*\{|\}\s*$", "", asm.strip()).split(";"):
+            statement = " ".join(statement.split())
+            label = re.match(r"(\w+): ", statement)
+            if label:
+                labels[label[1]] = len(statements)
+                statement = statement[label.end() :]
+            if statement and not statement.startswith(".reg"):
+                statements.append(statement)
+        at = np.zeros(self.size, int)
+        for _ in range(10_000):
+            line = at.min()
+            if line == len(statements):
+                return
+            active = at == line
+            statement = statements[line]
+            if statement.startswith("@"):
+                predicate, statement = statement[1:].split(None, 1)
+                wanted = self.read(predicate.lstrip("!")) != 0
+                condition = active & (~wanted if predicate.startswith("!") else wanted)
+            else:
+                condition = active
+            at[active] += 1
+            if statement.startswith("bra "):
+                at[condition] = labels[statement.split()[1]]
+            elif condition.any():
+                self.run(statement, condition)
+        raise AssertionError("a loop that does not end: nothing else runs that could end it")
+
     # ---- instructions ----
 
-    def run(self, statement: str) -> None:
-        active = np.ones(self.size, bool)
-        if statement.startswith("@"):
-            predicate, statement = statement[1:].split(None, 1)
-            active = self.read(predicate.lstrip("!")) != 0
-            if predicate.startswith("!"):
-                active = ~active
+    def run(self, statement: str, active: np.ndarray) -> None:
         opcode, _, rest = statement.partition(" ")
         operands = [part.strip("{} ") for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)]
-        kind, *suffixes = opcode.split(".")
+        kind, *suffixes = opcode.replace("::", ".").split(".")
         getattr(self, f"_{kind}")(suffixes, operands, active)
 
     def _mov(self, suffixes, operands, active):
         self.write(operands[0], self.read(operands[1]), active)
 
     def _setp(self, suffixes, operands, active):
-        compare = {"ne": np.not_equal, "eq": np.equal}[suffixes[0]]
-        self.write(operands[0], compare(self.read(operands[1]), self.read(operands[2])), active)
+        compare = {"ne": np.not_equal, "eq": np.equal, "lt": np.less, "gt": np.greater, "ge": np.greater_equal}
+        read = self.integers if suffixes[1] == "s32" else self.read
+        self.write(operands[0], compare[suffixes[0]](read(operands[1]), read(operands[2])), active)
+
+    def _selp(self, suffixes, operands, active):
+        value = np.where(self.read(operands[3]) != 0, self.read(operands[1]), self.read(operands[2]))
+        self.write(operands[0], value, active)
+
+    def _mad(self, suffixes, operands, active):
+        assert suffixes[0] == "lo"
+        a, b, c = (self.integers(name) for name in operands[1:])
+        self.write(operands[0], (a * b + c).astype(np.int32).view(np.uint32), active)
+
+    def _sub(self, suffixes, operands, active):
+        value = self.integers(operands[1]) - self.integers(operands[2])
+        self.write(operands[0], value.astype(np.int32).view(np.uint32), active)
 
     def _cvt(self, suffixes, operands, active):
         if suffixes == ["u16", "u32"]:
             value = self.read(operands[1]) & 0xFFFF
+        elif suffixes == ["u32", "u64"]:
+            value = self.read(operands[1]) & 0xFFFFFFFF
         else:
             assert suffixes == ["rn", "f16x2", "f32"], suffixes  # numpy has no bf16
             high, low = (self.floats(name).astype(np.float16).view(np.uint16) for name in operands[1:])
@@ -96,7 +177,11 @@ class Block:
         self.write(operands[0], np.maximum(self.floats(operands[1]), self.floats(operands[2])), active)
 
     def _add(self, suffixes, operands, active):
-        self.write(operands[0], self.floats(operands[1]) + self.floats(operands[2]), active)
+        if suffixes == ["f32"]:
+            self.write(operands[0], self.floats(operands[1]) + self.floats(operands[2]), active)
+        else:
+            value = self.integers(operands[1]) + self.integers(operands[2])
+            self.write(operands[0], value.astype(np.int32).view(np.uint32), active)
 
     def _shfl(self, suffixes, operands, active):
         assert suffixes[:2] == ["sync", "bfly"] and active.all()
@@ -105,30 +190,60 @@ class Block:
 
     def _ld(self, suffixes, operands, active):
         names = [name.strip() for name in operands[0].split(",")]
-        if not active.any():
-            return
-        size = 4 * len(names)
-        address = self.read(operands[1].strip("[]"))
+        width = 8 if suffixes[-1] == "b64" else 4
+        size = width * len(names)
+        address = self.addresses(operands[1])
         if suffixes[0] == "shared":
-            memory, index = shared, np.where(active, address, 0).astype(int)
+            memory, where = shared, _shared_index(address[active])
         else:
             memory, where = _memory(address[active], size)
-            index = np.zeros(self.size, int)
-            index[active] = where
-        assert not (address[active] % size).any(), "a misaligned load"
-        words = _gather(memory, index, size).copy().view(np.uint32)
+        assert not (where % size if suffixes[0] == "shared" else address[active] % size).any(), "a misaligned load"
+        index = np.zeros(self.size, int)
+        index[active] = where
+        words = _gather(memory, index, size).copy().view(np.uint64 if width == 8 else np.uint32)
         for i, name in enumerate(names):
             self.write(name, words[:, i], active)
 
     def _st(self, suffixes, operands, active):
         assert suffixes[0] == "shared"
-        width = 2 if suffixes[-1] == "b16" else 4
+        width = {"b16": 2, "b64": 8}.get(suffixes[-1], 4)
         names = [name.strip() for name in operands[1].split(",")]
-        address = self.read(operands[0].strip("[]"))[active].astype(int)
+        address = _shared_index(self.addresses(operands[0])[active])
         assert not (address % (width * len(names))).any(), "a misaligned store"
         for i, name in enumerate(names):
-            value = self.read(name)[active].astype(np.uint16 if width == 2 else np.uint32).view(np.uint8)
+            value = self.read(name)[active].astype({2: np.uint16, 4: np.uint32, 8: np.uint64}[width]).view(np.uint8)
             shared[address[:, None] + width * i + np.arange(width)] = value.reshape(-1, width)
+
+    # ---- the ring: copies are there at once, so whoever waits for one that was not asked for waits for ever ----
+
+    def _mbarrier(self, suffixes, operands, active):
+        address = self.addresses(next(operand for operand in operands if operand.startswith("[")))
+        for thread in np.flatnonzero(active):
+            at = int(address[thread])
+            if suffixes[0] == "init":
+                barriers[at] = Barrier(int(self.read(operands[1])[thread]))
+            elif suffixes[0] == "arrive":
+                expected = int(self.read(operands[2])[thread]) if "expect_tx" in suffixes else 0
+                barriers[at].arrive(expected)
+            else:
+                over = barriers[at].phase != int(self.read(operands[2])[thread])
+                one = np.zeros(self.size, bool)
+                one[thread] = True
+                self.write(operands[0], np.full(self.size, over), one)
+
+    def _cp(self, suffixes, operands, active):
+        assert suffixes[:2] == ["async", "bulk"]
+        for thread in np.flatnonzero(active):
+            to, source, barrier = (int(self.addresses(operands[i])[thread]) for i in (0, 1, 3))
+            num_bytes = int(self.read(operands[2])[thread])
+            assert not (to % 16 or source % 16 or num_bytes % 16), "a misaligned bulk copy"
+            begin = int(_shared_index(np.array([to], np.uint64))[0])
+            shared[begin : begin + num_bytes] = np.frombuffer(ctypes.string_at(source, num_bytes), np.uint8)
+            barriers[barrier].transfer(-num_bytes)
+
+    def _createpolicy(self, suffixes, operands, active): ...
+    def _fence(self, suffixes, operands, active): ...
+    def _bar(self, suffixes, operands, active): ...
 
     def _movmatrix(self, suffixes, operands, active):
         assert active.all()
@@ -165,17 +280,17 @@ def _inline_asm(self, asm: str, constraints: str, values: list, types: list, is_
         data = value.data
         bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[data.dtype.itemsize]
         inputs.append(np.ascontiguousarray(data).view(bits).astype(np.uint64))
-    shape = np.broadcast_shapes(*(value.data.shape for value in values))
+    shape = np.broadcast_shapes(*(value.data.shape for value in values)) if values else THREADS
     block = Block([np.broadcast_to(x, shape) for x in inputs], num_outputs)
-    for statement in re.sub(r"^\s*\{|\}\s*$", "", asm.strip()).split(";"):
-        statement = " ".join(statement.split())
-        if statement and not statement.startswith(".reg"):
-            block.run(statement)
+    block.execute(asm)
     results = []
     for i, kind in enumerate(types):
         scalar = kind.scalar if hasattr(kind, "scalar") else kind
-        words = block.read(f"${i}").astype(np.uint32)
-        data = words.view(np.float32) if scalar.is_floating() else words.view(np.int32)
+        words = block.read(f"${i}")
+        if scalar.primitive_bitwidth == 64:
+            data = words.astype(np.uint64).view(np.int64)
+        else:
+            data = words.astype(np.uint32).view(np.float32 if scalar.is_floating() else np.int32)
         results.append(TensorHandle(data.reshape(shape).copy(), scalar))
     return SimpleNamespace(get_result=results.__getitem__)
 

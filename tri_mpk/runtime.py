@@ -158,6 +158,10 @@ class Runtime:
         first_step = int(control[words.CONTROL_FIRST_STEP.value])
         self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
 
+    def near_empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """For what all workers read and write all the time."""
+        return self.empty(dims, dtype)
+
     # what the two kinds of device do differently
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def free(self, tensor: torch.Tensor) -> None: ...
@@ -194,7 +198,7 @@ class CudaRuntime(Runtime):
         return torch.zeros(dims, dtype=dtype, device=self.device)
 
     def near_empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """For what all workers read and write all the time: on one page of memory, as far as it reaches."""
+        """On one page of memory, as far as it reaches."""
         begin, num_bytes = self.arena_used, torch.Size(dims).numel() * dtype.itemsize
         if begin + num_bytes > ARENA_BYTES:
             return self.empty(dims, dtype)
@@ -266,6 +270,7 @@ class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
+    worker_script = Path(__file__).with_name("_interpreter_worker.py")
     LEAVE_BOUND_S = 10.0  # this and the wait bound without a signal after an abort: who is still here never leaves
 
     def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
@@ -293,12 +298,11 @@ class InterpreterRuntime(Runtime):
         return int(self.wait_bound_s * self.POLLS_PER_SECOND)
 
     def _start_workers(self) -> None:
-        script = Path(__file__).with_name("_interpreter_worker.py")
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the workers
         self.workers = [
             subprocess.Popen(
-                [sys.executable, str(script)],
+                [sys.executable, str(self.worker_script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
