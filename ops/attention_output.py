@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
-from tri_mpk.ops.gemv import block_rows, dot_rows, load_eight, load_word, slot_rows, thread_place
+from tri_mpk.ops.gemv import block_rows, dot_rows, slot_rows, thread_place
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
+from tri_mpk.ops.warps import load_eight, load_word
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 

@@ -28,6 +28,18 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.op import Machine
+from tri_mpk.ops.warps import (
+    LANES,
+    WARPS,
+    high_half,
+    load_eight,
+    low_half,
+    read_float,
+    read_words,
+    thread_index,
+    write_float,
+    write_lane_sums,
+)
 from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
@@ -35,8 +47,6 @@ from tri_mpk.scheduler.device import (
     TASK_STREAM_INDEX,
 )
 
-WARPS = tl.constexpr(16)
-LANES = tl.constexpr(32)
 MAX_SLOTS = tl.constexpr(16)
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
 # empty), sums of squares, row sums (or what attention keeps there), the slots. The worker's streams lie in front of all
@@ -50,11 +60,6 @@ STREAM_BYTES = tl.constexpr(32)
 
 
 # ---- the ring ----
-
-
-@triton.jit
-def thread_index():
-    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -261,132 +266,6 @@ def drain_ring(ring, RING: tl.constexpr):
             if slot == slots:
                 slot = slots * 0
                 phase ^= 1
-
-
-# ---- 16 bytes per thread ----
-
-
-@triton.jit
-def read_words(address, wanted):
-    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
-        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
-        }""",
-        "=&r,=&r,=&r,=&r,r,r",
-        [address, wanted],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def load_words(ptr, wanted):
-    """16 bytes of global memory as four words; zeros where `wanted` is 0."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
-        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
-        }""",
-        "=&r,=&r,=&r,=&r,l,r",
-        [ptr.to(tl.int64), wanted],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def load_word(ptr, wanted):
-    """4 bytes of global memory; zero where `wanted` is 0.
-
-    Not tl.load, for which the compiler may choose another order of threads than [WARPS, LANES], for all that depends on
-    it. Nothing of the work by warps would be right then.
-    """
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.b32 $0, [$1]; }",
-        "=&r,l,r",
-        [ptr.to(tl.int64), wanted],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def read_float(address):
-    return tl.inline_asm_elementwise(
-        "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def write_float(address, x):
-    tl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def write_lane_sums(address_a, address_b, a, b):
-    """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .f32 mine, other;
-        setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
-        shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-        setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r,f,f,r",
-        [address_a, address_b, a, b, thread_index() % LANES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def low_half(word, DTYPE: tl.constexpr):
-    """The first of two 16-bit numbers in a word, in fp32."""
-    if tl.bfloat16 == DTYPE:
-        return (word << 16).to(tl.float32, bitcast=True)
-    else:
-        return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def high_half(word, DTYPE: tl.constexpr):
-    if tl.bfloat16 == DTYPE:
-        return (word & -65536).to(tl.float32, bitcast=True)
-    else:
-        return (word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def load_eight(ptr, wanted):
-    """Eight elements from each pointer on, in fp32; zeros where `wanted` is 0."""
-    DTYPE: tl.constexpr = ptr.dtype.element_ty
-    a, b, c, d = load_words(ptr, wanted)
-    if tl.float32 == DTYPE:
-        e, f, g, h = load_words(ptr + 4, wanted)
-        return (
-            a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True),
-            c.to(tl.float32, bitcast=True), d.to(tl.float32, bitcast=True),
-            e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True),
-            g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True),
-        )  # fmt: skip
-    else:
-        return (
-            low_half(a, DTYPE), high_half(a, DTYPE), low_half(b, DTYPE), high_half(b, DTYPE),
-            low_half(c, DTYPE), high_half(c, DTYPE), low_half(d, DTYPE), high_half(d, DTYPE),
-        )  # fmt: skip
 
 
 # ---- one task ----

@@ -23,13 +23,13 @@ MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were c
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
 STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
 STATE_BYTES = tl.constexpr(16384)
-WARPS = tl.constexpr(16)
-LANES = tl.constexpr(32)
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
 SUMS_OFFSET = tl.constexpr(1024)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
+WARPS = tl.constexpr(16)
+LANES = tl.constexpr(32)
 TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
 TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
 TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
@@ -201,6 +201,9 @@ def thread_place(K: tl.constexpr, SLOT_ROWS: tl.constexpr):
     return warp // SEGMENTS * WARP_ROWS, warp % SEGMENTS, lane * 8
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def load_words(ptr, wanted):
     """16 bytes of global memory as four words; zeros where `wanted` is 0."""
@@ -254,6 +257,9 @@ def load_eight(ptr, wanted):
         )  # fmt: skip
 
 
+# ---- ops/gemv.py ----
+
+
 @triton.jit
 def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """A thread's part of a vector [K] in fp32 registers. A gain is loaded so before the wait, activations after it."""
@@ -270,11 +276,17 @@ def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constex
         return ()
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def write_float(address, x):
     tl.inline_asm_elementwise(
         "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+# ---- ops/gemv.py ----
 
 
 @triton.jit
@@ -316,9 +328,15 @@ def await_slot(smem, slot, phase):
     )
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def thread_index():
     return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+
+
+# ---- ops/gemv.py ----
 
 
 @triton.jit
@@ -417,6 +435,9 @@ def release_slot(ring):
     return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def write_lane_sums(address_a, address_b, a, b):
     """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
@@ -456,6 +477,9 @@ def read_words(address, wanted):
     )
 
 
+# ---- ops/gemv.py ----
+
+
 @triton.jit
 def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
@@ -490,11 +514,17 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
     return ring
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def read_float(address):
     return tl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1
     )
+
+
+# ---- ops/gemv.py ----
 
 
 @triton.jit
@@ -599,6 +629,9 @@ def active_splits(step, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr):
     return tl.minimum(tl.maximum((step + SPLIT_TOKENS - 1) // SPLIT_TOKENS, 1), NUM_SPLITS)
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def lane_place():
     """[WARPS, LANES]: warp, lane // 4 and lane % 4, the g and j by which the tensor cores lay out matrices."""
@@ -606,9 +639,6 @@ def lane_place():
     warp = tl.arange(0, WARPS)[:, None] + zero
     lane = tl.arange(0, LANES)[None, :] + zero
     return warp, lane // 4, lane % 4
-
-
-# ---- ops/gemv.py ----
 
 
 @triton.jit
@@ -628,7 +658,7 @@ def load_word(ptr, wanted):
     )
 
 
-# ---- ops/attention.py ----
+# ---- ops/attention_by_warps.py ----
 
 
 @triton.jit
@@ -661,6 +691,9 @@ def load_values(cache_ptr, row, num_rows, DH: tl.constexpr, TILES: tl.constexpr)
     return words
 
 
+# ---- ops/rotary.py ----
+
+
 @triton.jit
 def load_head(ptr, head, num_heads, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr):
     """Rows `head` to `head + num_heads` of a [heads, Dh] matrix, and each element's partner in rotate_half."""
@@ -687,6 +720,9 @@ def rotate_head(
         x *= rstd * tl.load(gain_ptr + d, mask=d < DH, other=0.0).to(tl.float32)
         x_partner *= rstd * tl.load(gain_ptr + partner, mask=d < DH, other=0.0).to(tl.float32)
     return x * cos_row + tl.where(d < DH // 2, -x_partner, x_partner) * sin_row
+
+
+# ---- ops/warps.py ----
 
 
 @triton.jit
@@ -720,6 +756,9 @@ def max_over_tokens(x):
     )
 
 
+# ---- ops/attention_by_warps.py ----
+
+
 @triton.jit
 def soften(scores, m, l):
     """A step of the online softmax of two heads: (new maxima, new sums, what scales older values, exponentials)."""
@@ -742,6 +781,9 @@ def soften(scores, m, l):
             sum += p[i]
         new_l = new_l + (sum,)
     return new_m, new_l, alpha, p
+
+
+# ---- ops/warps.py ----
 
 
 @triton.jit
@@ -782,6 +824,9 @@ def multiply_add(c, a, b, DTYPE: tl.constexpr):
         )
 
 
+# ---- ops/attention_by_warps.py ----
+
+
 @triton.jit
 def score(q_at, keys, num_rows, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
     """k q. Lane (g, j) has, per 16 tokens, those of token g with heads 2 j and 2 j + 1 and of token g + 8 with both.
@@ -806,6 +851,9 @@ def score(q_at, keys, num_rows, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl
     for i in tl.static_range(4 * TILES):
         masked = masked + (tl.where(8 * (i // 2) + g < num_rows, scores[i], float("-inf")),)
     return masked
+
+
+# ---- ops/warps.py ----
 
 
 @triton.jit
@@ -843,6 +891,9 @@ def pack_halves(low, high, DTYPE: tl.constexpr):
         )
 
 
+# ---- ops/attention_by_warps.py ----
+
+
 @triton.jit
 def accumulate(acc, alpha, p, values, DH: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
     """acc * alpha + v p. Lane (g, j) has, in fours, the columns 64 c + 8 g + 2 w and + 1 of the heads 2 j and + 1."""
@@ -877,6 +928,9 @@ def attend(q_at, keys, values, num_rows, m, l, acc, DH: tl.constexpr, TILES: tl.
     return m, l, accumulate(acc, alpha, p, values, DH, TILES, DTYPE)
 
 
+# ---- ops/warps.py ----
+
+
 @triton.jit
 def write_floats(address, a, b, c, d, wanted):
     tl.inline_asm_elementwise(
@@ -906,6 +960,9 @@ def sum_over_tokens(x):
         is_pure=False,
         pack=1,
     )
+
+
+# ---- ops/attention_by_warps.py ----
 
 
 @triton.jit
@@ -1037,6 +1094,9 @@ def attend_by_warps(
             m, l, acc = attend(q_at, new_keys, new_values, tl.where(warp == 0, 1, 0), m, l, acc, DH, 1, DTYPE)
         HEADS: tl.constexpr = 256 // PADDED
         merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256)
+
+
+# ---- ops/attention.py ----
 
 
 @triton.jit
