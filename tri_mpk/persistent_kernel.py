@@ -304,7 +304,7 @@ class PersistentKernel:
     ) -> None:
         """output [N] fp32 = residual [N] fp32 + weight [N, H * Dh] @ merged parts [H * Dh] + bias [N]."""
         num_rows, k = _matrix("attention_output_layer", weight)
-        num_heads = _check_parts("attention_output_layer", "input", input, input[0].dims[-1])
+        num_heads = _check_parts("attention_output_layer", "input", input)
         if num_heads * input[0].dims[-1] != k:
             raise ValueError(
                 f"attention_output_layer: weight has {k} columns, but input has {num_heads} heads of"
@@ -453,11 +453,13 @@ def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int
         raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")
 
 
-def _check_parts(layer: str, argument: str, parts: tuple[TensorHandle, TensorHandle], head_dim: int) -> int:
-    """The number of heads of what `new_attention_parts` returned."""
+def _check_parts(
+    layer: str, argument: str, parts: tuple[TensorHandle, TensorHandle], head_dim: int | None = None
+) -> int:
+    """The number of heads of what `new_attention_parts` returned; `head_dim` None: any."""
     if not isinstance(parts, tuple) or len(parts) != 2 or len(parts[0].dims) != 3:
         raise ValueError(f"{layer}: {argument} must be what new_attention_parts returned, (parts, lse); got {parts}")
-    num_splits, num_heads, _ = parts[0].dims
-    _check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim))
+    num_splits, num_heads, dim = parts[0].dims
+    _check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim or dim))
     _check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
     return num_heads
