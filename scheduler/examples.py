@@ -79,7 +79,8 @@ def butterfly_events(graph: TaskGraph, log2_width: int) -> Events:
             for task in consumers:
                 wait[task] = len(events)
             events.append(Event(producers, consumers, 2))
-    return Events(events, wait, signals)
+    num_fused = len(events) - 1
+    return Events(events, wait, signals, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0)
 
 
 def large_graphs(num_tasks: int) -> Iterator[tuple[str, TaskGraph, Events]]:

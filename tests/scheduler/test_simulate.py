@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler_helpers import chain, graphs, transformer
+from scheduler_helpers import chain, graphs
 from tri_mpk.scheduler import TaskGraph, derive_events, schedule
+from tri_mpk.scheduler.examples import decoder_graph
 from tri_mpk.scheduler.simulate import StepTime, Work, WorkerRates, step_time
 
 RATES = WorkerRates(
@@ -123,9 +124,9 @@ def test_bounds_hold_and_faster_machines_are_not_slower(case, faster: float):
 
 
 @pytest.mark.parametrize("reuse_buffers", [False, True])
-def test_a_transformer_is_never_faster_than_its_longest_chain(reuse_buffers: bool):
+def test_a_decoder_is_never_faster_than_its_longest_chain(reuse_buffers: bool):
     num_layers, num_workers = 3, 8
-    graph = transformer(num_layers, num_workers, reuse_buffers)
+    graph = decoder_graph(num_layers, num_workers, reuse_buffers)
     work = Work.none(len(graph.tasks))
     time = simulate(graph, num_workers, work, RATES)
     assert time.chain_s == time.step_s == 6 * num_layers * (RATES.hop_s + RATES.task_s)
