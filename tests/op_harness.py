@@ -17,6 +17,7 @@ from tri_mpk import PersistentKernel
 from tri_mpk.ops.op import Op, TensorHandle
 from tri_mpk.scheduler.graph import Region, Task
 from tri_mpk.shared_memory import SharedMemory
+from tri_mpk.tuning import Tuning
 
 GUARD = 512  # elements behind every tensor
 PATTERN = 0x5A
@@ -38,9 +39,11 @@ class GuardedMemory(SharedMemory):
 
 
 class OpHarness:
-    def __init__(self, num_workers: int = 2, max_seq_len: int = 8):
+    def __init__(self, num_workers: int = 2, max_seq_len: int = 8, tuning: Tuning | None = None):
         step, tokens = torch.zeros(1, dtype=torch.int32), torch.zeros(max_seq_len, dtype=torch.int64)
-        self.mpk = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=30.0)
+        self.mpk = PersistentKernel(
+            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=30.0, tuning=tuning
+        )
         self.changing = {"step", "tokens"}  # names of inputs that a step may change
         self._names = map("t{}".format, itertools.count())
 

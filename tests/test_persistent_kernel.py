@@ -10,6 +10,7 @@ import torch
 from tri_mpk import DeviceError, PersistentKernel
 from tri_mpk.ops.argmax import STOP_INTERVAL
 from tri_mpk.runtime import LaunchRequest
+from tri_mpk.tuning import Tuning
 
 META = torch.device("meta")
 
@@ -98,39 +99,49 @@ LAYERS = {
     "linear_with_residual_layer": {"input": (8,), "weight": (6, 8), "residual": (6,), "output": (6,), "bias": (6,)},
     "attention_layer": {
         "input": (256,), "k_cache": (2, 2, 128, 32), "v_cache": (2, 2, 128, 32), "page_table": (2,),
-        "cos_pos_embed": (256, 32), "sin_pos_embed": (256, 32), "output": (128,),
+        "cos_pos_embed": (256, 32), "sin_pos_embed": (256, 32), "output[0]": (3, 4, 32), "output[1]": (3, 4),
     },
-    "lm_head_layer": {"input": (8,), "weight_norm": (8,), "weight_linear": (9, 8)},
+    "attention_output_layer": {
+        "input[0]": (3, 4, 32), "input[1]": (3, 4), "weight": (6, 128), "residual": (6,), "output": (6,), "bias": (6,),
+    },
+    "lm_head_layer": {
+        "input": (8,), "weight_norm": (8,), "weight_linear": (9, 8), "output[0]": (2,), "output[1]": (2,)
+    },
 }  # fmt: skip
-UNCHECKED = {"page_table", "cos_pos_embed", "sin_pos_embed", "k_cache"}
+# not looked at, or what others are compared with
+UNCHECKED = {
+    ("attention_layer", "page_table"), ("attention_layer", "cos_pos_embed"), ("attention_layer", "sin_pos_embed"),
+    ("attention_layer", "k_cache"), ("attention_output_layer", "input[0]"), ("lm_head_layer", "output[0]"),
+    ("embed_layer", "weight"), ("rmsnorm_linear_layer", "weight_linear"), ("rmsnorm_gated_linear_layer", "weight_gate"),
+    ("linear_with_residual_layer", "weight"), ("attention_output_layer", "weight"), ("lm_head_layer", "weight_linear"),
+}  # fmt: skip
 
 
-def add_layer(mpk: PersistentKernel, layer: str, wrong: str | None = None) -> None:
-    """The layer with sound tensors, but for one dimension of `wrong`."""
+def layer_tensors(mpk: PersistentKernel, layer: str, changed: dict[str, tuple[int, ...]] | None = None) -> dict:
+    """Sound arguments of a layer, but for the dims of those in `changed`; `name[i]` is part of a tuple."""
     tensors = {}
-    for name, dims in LAYERS[layer].items():
-        tensors[name] = attach(mpk, *(dims[:-1] + (dims[-1] + 1,) if name == wrong else dims))
-    if layer == "attention_layer":
-        tensors["num_q_heads"] = 4
-    if layer == "lm_head_layer":
-        tensors["output"] = attach(mpk, 2), attach(mpk, 3 if wrong == "output[1]" else 2, dtype=torch.int32)
-    getattr(mpk, layer)(**tensors)
+    for name, dims in (LAYERS[layer] | (changed or {})).items():
+        name, _, index = name.partition("[")
+        tensor = attach(mpk, *dims)
+        tensors[name] = (*tensors.get(name, ()), tensor) if index else tensor
+    return tensors
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_sound_dims_are_accepted(mpk, layer):
-    add_layer(mpk, layer)
-    assert len(mpk.calls) == (2 if layer == "attention_layer" else 1)
+    getattr(mpk, layer)(**layer_tensors(mpk, layer))
+    assert len(mpk.calls) == 1
 
 
 @pytest.mark.parametrize(
     ("layer", "argument"),
-    [(layer, name) for layer, dims in LAYERS.items() for name in dims if name not in UNCHECKED and len(dims[name]) != 2]
-    + [("rmsnorm_gated_linear_layer", "weight_up"), ("lm_head_layer", "output[1]"), ("attention_layer", "v_cache")],
+    [(layer, name) for layer, dims in LAYERS.items() for name in dims if (layer, name) not in UNCHECKED],
 )
 def test_wrong_dims_are_named(mpk, layer, argument):
+    dims = LAYERS[layer][argument]
+    tensors = layer_tensors(mpk, layer, {argument: dims[:-1] + (dims[-1] + 1,)})
     with pytest.raises(ValueError, match=rf"{layer}: {re.escape(argument)}=t\d+ must have dims \(.*\), got \("):
-        add_layer(mpk, layer, wrong=argument)
+        getattr(mpk, layer)(**tensors)
     assert not mpk.calls
 
 
@@ -142,16 +153,60 @@ def test_weight_that_is_no_matrix(mpk):
 
 
 def test_heads_that_do_not_share_evenly(mpk):
-    tensors = {name: attach(mpk, *dims) for name, dims in LAYERS["attention_layer"].items()}
-    with pytest.raises(ValueError, match="num_q_heads=5 must be a multiple of the 2 heads"):
-        mpk.attention_layer(**tensors, num_q_heads=5)
+    tensors = layer_tensors(mpk, "attention_layer", {"output[0]": (3, 5, 32), "output[1]": (3, 5)})
+    with pytest.raises(ValueError, match="output has 5 heads, which must be a multiple of the 2 heads"):
+        mpk.attention_layer(**tensors)
+
+
+def test_weight_that_does_not_fit_the_heads(mpk):
+    tensors = layer_tensors(mpk, "attention_output_layer", {"weight": (6, 120)})
+    with pytest.raises(ValueError, match="weight has 120 columns, but input has 4 heads of 32; they must agree"):
+        mpk.attention_output_layer(**tensors)
+    assert not mpk.calls
+
+
+@pytest.mark.parametrize(("layer", "argument"), [("attention_layer", "output"), ("attention_output_layer", "input")])
+def test_attention_parts_come_as_a_pair(mpk, layer, argument):
+    tensors = layer_tensors(mpk, layer)
+    parts, lse = tensors[argument]
+    for wrong in (parts, (parts,), (lse, parts), (parts, lse, lse)):
+        with pytest.raises(ValueError, match=f"{layer}: {argument} must be what new_attention_parts returned"):
+            getattr(mpk, layer)(**tensors | {argument: wrong})
+    assert not mpk.calls
+
+
+def test_attention_parts():
+    """As many splits as asked for, or as the tuning says; the cost model's gives each worker one."""
+    mpk = PersistentKernel(num_workers=7, meta_tensors=meta_tensors())
+    parts, lse = mpk.new_attention_parts(6, 2, 64, torch.bfloat16, name="a", num_splits=5)
+    assert (parts.name, parts.dims, parts.dtype) == ("a", (5, 6, 64), torch.bfloat16)
+    assert (lse.name, lse.dims, lse.dtype) == ("a.lse", (5, 6), torch.float32)
+    chosen, _ = mpk.new_attention_parts(6, 2, 64, torch.bfloat16, name="b")
+    assert chosen.dims[0] * 2 >= 7
+    tuning = Tuning(num_workers=2, slot_bytes=4096, block_kv=16, num_splits=9, split_tokens=32)
+    tuned = PersistentKernel(meta_tensors=meta_tensors(), tuning=tuning)
+    assert tuned.new_attention_parts(6, 2, 64, torch.bfloat16, name="a")[0].dims[0] == 9
+
+
+def test_attention_and_its_output_split_alike():
+    """Both derive the number of active splits from the position: neither may have a rule of its own."""
+    tuning = Tuning(num_workers=2, slot_bytes=4096, block_kv=16, num_splits=9, split_tokens=32)
+    mpk = PersistentKernel(meta_tensors=meta_tensors(), tuning=tuning)
+    tensors = layer_tensors(mpk, "attention_layer")
+    mpk.attention_layer(**tensors)
+    mpk.attention_output_layer(**layer_tensors(mpk, "attention_output_layer") | {"input": tensors["output"]})
+    mpk.argmax_layer(input=(attach(mpk, 1), attach(mpk, 1, dtype=torch.int32)))
+    rules = [
+        {name: dict(variant.constants)[name] for name in ("NUM_SPLITS", "SPLIT_TOKENS", "DH")}
+        for variant in mpk.plan().variants[:2]
+    ]
+    assert rules == [{"NUM_SPLITS": 3, "SPLIT_TOKENS": 32, "DH": 32}] * 2
 
 
 def test_page_size_that_blocks_do_not_divide(mpk):
-    dims = LAYERS["attention_layer"] | {"k_cache": (2, 2, 100, 32), "v_cache": (2, 2, 100, 32)}
-    tensors = {name: attach(mpk, *d) for name, d in dims.items()}
+    dims = {"k_cache": (2, 2, 100, 32), "v_cache": (2, 2, 100, 32)}
     with pytest.raises(ValueError, match="page_size=100 must be a multiple"):
-        mpk.attention_layer(**tensors, num_q_heads=4)
+        mpk.attention_layer(**layer_tensors(mpk, "attention_layer", dims))
 
 
 def test_argmax_has_one_task(mpk):

@@ -182,15 +182,39 @@ def test_attention(num_kv_heads, group, head_dim, num_workers):
     }
     page_table = mpk.attach_input(torch.empty(32, dtype=torch.int32, device=META), name="pages")
     qkv = weight(mpk, "qkv", (num_q_heads + 2 * num_kv_heads) * head_dim)
-    output = mpk.new_tensor((num_q_heads * head_dim,), torch.bfloat16, name="output")
-    mpk.attention_layer(input=qkv, **caches, **tables, page_table=page_table, output=output, num_q_heads=num_q_heads)
+    parts, lse = mpk.new_attention_parts(num_q_heads, num_kv_heads, head_dim, torch.bfloat16, name="parts")
+    mpk.attention_layer(input=qkv, **caches, **tables, page_table=page_table, output=(parts, lse))
     program = plan(mpk)
-    check_complete([t for t in program.graph.tasks if t.op == 1], output)
-    tiles = {t.tile for t in program.graph.tasks if t.op == 0}
-    num_splits = len(tiles) // num_kv_heads
-    assert tiles == {(head, split) for head in range(num_kv_heads) for split in range(num_splits)}
+    tasks = [t for t in program.graph.tasks if t.op == 0]
+    num_splits = parts.dims[0]
+    tiles = [t.tile for t in tasks]
+    assert sorted(tiles) == [(head, split) for head in range(num_kv_heads) for split in range(num_splits)]
+    for handle in (parts, lse):
+        boxes = [region.box for t in tasks for region in t.writes if region.tensor == handle.name]
+        cells = [(split, head) for (s0, s1), (h0, h1) in boxes for split in range(s0, s1) for head in range(h0, h1)]
+        assert sorted(cells) == [(split, head) for split in range(num_splits) for head in range(num_q_heads)]
     idle = sum(load == 0 for load in bytes_per_worker(program, 0))
     assert idle <= 0.05 * num_workers
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    num_rows=st.integers(1, 400) | st.integers(160, 5000), num_heads=st.integers(1, 40),
+    head_dim=st.sampled_from([34, 64, 128]), num_splits=st.integers(1, 20), num_workers=st.integers(1, 160),
+)  # fmt: skip
+@example(num_rows=2048, num_heads=32, head_dim=64, num_splits=16, num_workers=132)
+def test_attention_output(num_rows, num_heads, head_dim, num_splits, num_workers):
+    mpk = meta_kernel(num_workers)
+    k = num_heads * head_dim
+    parts, residual = weight(mpk, "parts", num_splits, num_heads, head_dim), weight(mpk, "residual", num_rows)
+    y = mpk.new_tensor((num_rows,), torch.float32, name="y")
+    mpk.attention_output_layer(
+        input=(parts, weight(mpk, "lse", num_splits, num_heads)), weight=weight(mpk, "w", num_rows, k),
+        residual=residual, output=y,
+    )  # fmt: skip
+    program = plan(mpk)
+    check_complete([t for t in program.graph.tasks if t.op == 0], y)
+    check_balanced(program, 0, row_bytes=2 * k)
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-0.6B", "Qwen3-8B", "Qwen2.5-1.5B"])
@@ -200,7 +224,7 @@ def test_real_geometries_on_132_workers(name):
     model = empty_model(config, torch.bfloat16).to(META)
     program = CausalLM(model, META, max_seq_len=4096, num_workers=SMS, progress=False).kernel.plan()
     balances = imbalance(program.graph, program.schedule)
-    assert len(balances) == 2 * 6 + 3
+    assert len(balances) == 2 * 5 + 3
     for balance in balances:
         if balance.mean_bytes * SMS >= SMALL_OP_BYTES:
             assert balance.ratio <= 1.04, balance
