@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,13 @@ KEYS = ["registers", "spills", "stack_bytes", "shared_bytes", "bulk_copies", "se
 MAX_SHARED_BYTES = 227 << 10  # of a block on Hopper
 MAX_REGISTERS = 128  # 64 Ki registers for 16 warps
 
+# Work by warps is [16, 32] tensors of which warp w has row w and lane l column l: shuffles, and what the tensor cores
+# and the ring take as PTX, are wrong in any other layout, and Triton is free to choose one.
+BY_WARPS = "#ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [1, 32], warpsPerCTA = [16, 1], order = [1, 0]}>"
+
 # The kernel of a geometry: two layers have all its variants. In a process of its own, see below.
-FITS = """
-import dataclasses, json, sys
+REPORT = """
+import dataclasses, json, re, sys
 import torch
 from tri_mpk.aot import compile_for, resources
 from tri_mpk.generator import write_source
@@ -33,7 +38,10 @@ config.num_hidden_layers = 2
 program = plan_config(config, torch.bfloat16, 8192, profile=sys.argv[2:] == ["profile"])
 kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
-print(json.dumps(resources(kernel) | dataclasses.asdict(plan)))
+ttgir = kernel.asm["ttgir"]
+names = set(re.findall(r"tensor<16x32x[^,]+, (#[^>]+)>", ttgir))
+layouts = sorted(re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[0] for name in names)
+print(json.dumps(resources(kernel) | dataclasses.asdict(plan) | {"layouts": layouts}))
 """
 
 # What the runtime's launch would make of its arguments, against what the ahead-of-time compiler assumes. It runs in a
@@ -64,14 +72,23 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | variables
 
 
-@pytest.mark.parametrize(
-    "arguments", [*([name] for name in GEOMETRIES), ["Llama-3.2-1B", "profile"], ["Qwen3-8B", "profile"]], ids=" ".join
+@pytest.fixture(
+    scope="module",
+    params=[*([name] for name in GEOMETRIES), ["Llama-3.2-1B", "profile"], ["Qwen3-8B", "profile"]],
+    ids=" ".join,
 )
-def test_real_kernels_fit_hopper(arguments: list[str]):
-    command = [sys.executable, "-c", FITS, *arguments]
+def report(request: pytest.FixtureRequest) -> dict[str, Any]:
+    command = [sys.executable, "-c", REPORT, *request.param]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_work_by_warps_has_a_row_per_warp_and_a_column_per_lane(report: dict[str, Any]):
+    assert report["layouts"] == [BY_WARPS]
+
+
+def test_real_kernels_fit_hopper(report: dict[str, Any]):
     assert report["bulk_copies"] > 0, "weights would come by plain loads"
     assert report["registers"] <= MAX_REGISTERS
     assert report["spills"] == 0 and report["stack_bytes"] == 0
