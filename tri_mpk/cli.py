@@ -443,7 +443,7 @@ def verify_schedule(
       tri-mpk verify --self-check --cases 10000 --seed 1
     """
     if not self_check:
-        program, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
         facts |= {"num_workers": program.num_workers} | asdict(program.report)
         print(json.dumps(facts) if as_json else f"{facts['model']}, {program.num_workers} workers: {program.report}")
         return
