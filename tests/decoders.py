@@ -17,6 +17,7 @@ from transformers import (
 
 import tri_mpk
 from tri_mpk import CausalLM
+from tri_mpk.tuning import Tuning
 
 TINY = {
     "vocab_size": 96,
@@ -64,13 +65,14 @@ def tiny_pair(
     num_workers: int = 2,
     wait_bound_s: float = 30.0,
     profile: bool = False,
+    tuning: Tuning | None = None,
     **changes: object,
 ) -> tuple[CausalLM, PreTrainedModel]:
     """The same model twice: ours, on two worker processes, and transformers'."""
     theirs = transformers_model(tiny_config(family, **changes))
     ours = tri_mpk.from_model(
         copy.deepcopy(theirs), device="cpu", max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=False, profile=profile,
+        wait_bound_s=wait_bound_s, progress=False, profile=profile, tuning=tuning,
     )  # fmt: skip
     return ours, theirs
 

@@ -38,7 +38,8 @@ def model() -> CausalLM:
         queue=torch.from_numpy(packed.relocate(addresses)).as_subclass(OnAGpu),
         queue_start=torch.from_numpy(packed.queue_start),
     )
-    return SimpleNamespace(kernel=SimpleNamespace(program=program, runtime=runtime), compile=lambda: None)
+    kernel = SimpleNamespace(program=program, runtime=runtime)
+    return SimpleNamespace(kernel=kernel, compile=lambda: None, addresses=addresses)
 
 
 def changed(model: CausalLM, *edits) -> tuple[Queues, torch.Tensor]:
@@ -60,7 +61,8 @@ def test_records_of_an_op(model):
     queues, names = Queues(model), op_of_record(model)
     for op in set(names):
         assert queues.of_op(op).tolist() == (names == op).tolist()
-    assert queues.of_op("attention", "attention_merge").sum() == np.isin(names, ["attention", "attention_merge"]).sum()
+    two = ["attention", "attention_output"]
+    assert set(two) < set(names) and queues.of_op(*two).sum() == np.isin(names, two).sum()
     assert not queues.of_op("no such op").any()
 
 
@@ -76,7 +78,8 @@ def test_without_waits(model):
 
 def test_without_attention(model):
     queues, differs = changed(model, Queues.without_attention)
-    attention = torch.from_numpy(np.isin(op_of_record(model), ["attention", "attention_merge"]))
+    attention = torch.from_numpy(op_of_record(model) == "attention")
+    assert attention.any()
     assert (queues.words[attention, VARIANT].to(torch.int32) == SKIPPED).all()
     assert differs[:, VARIANT].equal(attention)
     differs[:, VARIANT] = False
@@ -105,6 +108,38 @@ def test_without_copies(model):
     assert not differs[:, : STREAM + 1].any() and not differs[:, STREAM + 3 :].any()
     assert not queues.words[:, STREAM + 1 : STREAM + 3].any()
     assert differs[:, STREAM + 2].sum() == sum(task.stream is not None for task in model.kernel.program.graph.tasks)
+
+
+def test_cached_weights(model):
+    """Every stream begins at its worker's place in the language model's head, and ends in it; its bytes stay."""
+    queues, differs = changed(model, Queues.cached_weights)
+    program = model.kernel.program
+    (lm_head,) = {
+        task.stream.start.tensor
+        for task in program.graph.tasks
+        if task.stream is not None and program.graph.ops[task.op] == "lm_head"
+    }
+    first = model.addresses[lm_head]
+    end = first + 2 * program.tensors[lm_head].numel
+    before, now = model.kernel.runtime.queue.tolist(), queues.words.tolist()
+    num_streams = moved = 0
+    for worker, queue in enumerate(program.schedule.queues):
+        start = int(model.kernel.runtime.queue_start[worker])
+        place = first + worker * (128 << 10)
+        for record, task in enumerate(queue, start):
+            stream = program.graph.tasks[task].stream
+            if stream is None:
+                continue
+            num_streams += 1
+            moved += before[record][STREAM] != place
+            num_bytes = now[record][STREAM + 2]
+            assert num_bytes == before[record][STREAM + 2] == 2 * stream.rows * stream.cols
+            seconds = [before[record][STREAM + 1], now[record][STREAM + 1]]
+            assert now[record][STREAM] == place and place + num_bytes <= end
+            assert seconds == [0, 0] if stream.second is None else seconds[1] == place != seconds[0]
+    assert moved >= num_streams - 1 > 0  # the first of the head lies there already
+    differs[:, STREAM : STREAM + 2] = False
+    assert not differs.any()
 
 
 @pytest.mark.parametrize("name", EDITS)

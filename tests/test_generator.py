@@ -87,7 +87,7 @@ def test_clean_for_ruff(family, tmp_path):
 
 def test_functions_are_verbatim(source):
     """Comments included: the file on disk is what a reader of ops/ knows."""
-    for path in ("ops/embedding.py", "ops/attention_merge.py", "scheduler/device.py"):
+    for path in ("ops/embedding.py", "ops/attention_output.py", "scheduler/device.py"):
         text = (ROOT / path).read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list and node.name in source:
@@ -119,7 +119,7 @@ def test_other_shapes_do_not(source, changes):
 def test_a_branch_per_variant_not_per_layer(source):
     branches = re.findall(r"(?:if|elif) variant == (\d+):", source)
     assert [int(i) for i in branches] == list(range(len(branches)))
-    assert len(branches) == 9  # embedding, qkv, attention, merge, o, gate and up, down, lm_head, argmax
+    assert len(branches) == 8  # embedding, qkv, attention, o, gate and up, down, lm_head, argmax
 
 
 def test_written_once_under_its_hash(tmp_path, monkeypatch, source):
@@ -169,17 +169,30 @@ def test_with_profile_every_wait_and_signal_is_timed():
 
     def calls(tree: ast.Module) -> dict[str, list[str]]:
         """What the functions of ops/ call, in order."""
-        ours = {f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_tile")}
-        return {
-            f.name: [n.func.id for n in ast.walk(f) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-            for f in tree.body
-            if isinstance(f, ast.FunctionDef) and f.name in ours
-        }
+        found = {}
+        for f in tree.body:
+            if isinstance(f, ast.FunctionDef) and f.name in ours:
+                found[f.name] = [
+                    n.func.id for n in ast.walk(f) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+                ]
+        return found
 
+    def reached(tile: str, called: dict[str, list[str]]) -> set[str]:
+        """What a tile function calls, also by way of others of ops/."""
+        return {tile}.union(*(reached(name, called) if name in called else {name} for name in called[tile]))
+
+    ours = {
+        node.name
+        for path in (ROOT / "ops").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
     names = {"wait": "timed_wait", "signal": "timed_signal"}
-    expected = {tile: [names.get(name, name) for name in called] for tile, called in calls(plain).items()}
-    assert calls(timed) == expected
-    assert all({"timed_wait", "timed_signal"} <= set(called) for called in expected.values()) and len(expected) == 8
+    called = calls(timed)
+    assert called == {caller: [names.get(name, name) for name in found] for caller, found in calls(plain).items()}
+    tiles = [name for name in called if name.endswith("_tile")]
+    assert len(tiles) == 8 and all({"timed_wait", "timed_signal"} <= reached(tile, called) for tile in tiles)
+    assert not any({"wait", "signal"} & set(found) for found in called.values())
 
 
 def test_with_profile_the_file_is_as_readable(tmp_path):

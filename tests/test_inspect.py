@@ -78,6 +78,9 @@ def test_the_estimate_is_above_its_bounds(program: Program):
 def test_coverage_by_hand(tiny: Program):
     """2 KV heads, split over 8 workers: with one token only the first split of each head has something."""
     assert attention_coverage(tiny, 1)["busy_workers"] == 2
+    assert attention_coverage(tiny, 2)["busy_workers"] == 2  # the first has the new token, and the older one
+    assert attention_coverage(tiny, tiny.tuning.split_tokens + 1)["busy_workers"] == 2
+    assert attention_coverage(tiny, tiny.tuning.split_tokens + 2)["busy_workers"] == 4
     attention = attention_coverage(tiny, 512)
     assert attention["splits"] * 2 >= 8
     assert attention["busy_workers"] == 2 * -(-511 // tiny.tuning.split_tokens)

@@ -10,6 +10,7 @@ from decoders import prompt, tiny_config, tiny_pair
 from tolerances import MODEL_TOLERANCES, check_close
 from tri_mpk import UnsupportedModelError
 from tri_mpk.models import FAMILIES, describe
+from tri_mpk.tuning import Tuning
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -51,6 +52,16 @@ def test_equals_transformers(case):
     check_close(actual=actual, expected=expected, table=MODEL_TOLERANCES)
     short = input_ids[:, :2]
     assert torch.equal(ours.generate(short, max_new_tokens=3), theirs.generate(short, max_new_tokens=3))
+
+
+def test_a_sequence_in_several_splits_equals_transformers():
+    """From 17 tokens on attention is split in two, from 33 on in three, which is the most."""
+    tuning = Tuning(num_workers=2, slot_bytes=4096, block_kv=16, num_splits=3, split_tokens=16)
+    ours, theirs = tiny_pair("qwen3", tuning=tuning, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    input_ids = prompt(55)
+    with torch.no_grad():
+        expected = theirs(input_ids).logits
+    check_close(actual=ours(input_ids).logits, expected=expected, table=MODEL_TOLERANCES)
 
 
 def test_every_family_is_tested():
