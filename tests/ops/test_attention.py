@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from op_harness import OpHarness
+from op_harness import OpHarness, region_mask
 from tolerances import check_close
 from tri_mpk.ops.attention import ATTENTION
 from tri_mpk.ops.op import TensorHandle, even_ranges
@@ -169,26 +169,35 @@ def test_splits_together_are_attention_to_all_tokens(harness, length):
 
 
 @pytest.mark.parametrize("split", [0, 1, 2])
-def test_the_first_split_alone_appends_the_new_token(split):
-    """Each split by itself: of two active ones, and of one that has no tokens."""
-    length = 96
+def test_a_task_alone(split):
+    """One of two active splits, or one without tokens, of the second head, with NaN in all that is another's: it needs
+    nothing else, writes its own part only, and only the first split appends the new token."""
+    length, heads = 96, slice(2, 4)
     harness = new_harness()
-    case = Case(harness, 4, 1, 32, True, 3)
-    op = harness.keep_only(split)
-    case.fill(length)
-    before = copies(case)
-    harness.run(step=length)
+    case = Case(harness, 4, 2, 32, True, 3)
+    op = harness.keep_only(3 + split)
+    harness.compile()
     (task,) = harness.tasks(op)
-    assert task.tile == (0, split)
-    written = [i for i in range(3) if not case.parts.data[i].isnan().all()]
-    assert written == ([split] if split < 2 else [])
-    if written:
-        check_close(actual=case.parts.data[split], expected=case.expected(length)[0][split])
-    if split == 0:
-        check_only_row_changed(case, before, length)
-    else:
-        for cache, old in zip((case.k_cache, case.v_cache), before, strict=True):
-            assert torch.equal(cache.data.view(torch.int32), old.view(torch.int32))
+    assert task.tile == (1, split)
+    case.fill(length)
+    for cache in (case.k_cache, case.v_cache):
+        cache.data[:, 0] = float("nan")
+    before = copies(case)
+    parts, lse = case.expected(length)
+    _, new_k, new_v = case.new_token(length)
+    case.qkv.data[~region_mask(case.qkv, task.reads)] = float("nan")
+    harness.run(step=length)
+    for handle, expected in ((case.parts, parts), (case.lse, lse)):
+        if split < 2:
+            check_close(actual=handle.data[split, heads], expected=expected[split, heads])
+            handle.data[split, heads] = float("nan")
+        assert bool(handle.data.isnan().all()), "the part of another task was written"
+    for cache, old, new in zip((case.k_cache, case.v_cache), before, (new_k, new_v), strict=True):
+        if split == 0:
+            row = cache.data[case.page_table[length // PAGE], 1, length % PAGE]
+            check_close(actual=row, expected=new[1])
+            row.fill_(float("nan"))
+        assert torch.equal(cache.data.nan_to_num(99.0), old.nan_to_num(99.0)), "another row has changed"
 
 
 def test_only_the_first_split_reads_the_new_k_and_v(harness):
