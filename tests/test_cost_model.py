@@ -88,7 +88,7 @@ def test_more_layers_take_longer_in_proportion():
 
 def test_kv_blocks_are_all_blocks_once(program: Program):
     heads, layers = 8, 2
-    for context, active in ((1, 0), (2, 1), (257, 1), (258, 2), (512, 2), (SMALL_CONTEXT, 8)):
+    for context, active in ((1, 0), (2, 1), (129, 1), (130, 2), (512, 4), (SMALL_CONTEXT, 16)):
         blocks = kv_blocks(program, context)
         assert sum(blocks.values()) == heads * layers * -(-(context - 1) // 32)
         assert sum(count > 0 for count in blocks.values()) == heads * layers * active

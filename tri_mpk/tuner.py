@@ -176,7 +176,7 @@ def knob_values(gpu: GpuProfile, shape: DecoderShape, start: Tuning, ring: bool)
     return {
         "slot_bytes": [n for n in powers if MIN_SLOT_BYTES <= n <= MAX_SLOT_BYTES] if ring else [start.slot_bytes],
         "num_splits": sorted(n for n in splits if n),
-        "split_tokens": [64, 128, 256, 512, 1024],
+        "split_tokens": sorted({64, 128, 256, 512, 1024, start.split_tokens}),
         "block_kv": [n for n in powers if MIN_BLOCK_KV <= n <= largest_block_kv(shape.head_dim)],
         "num_workers": sorted({gpu.num_sms, whole_heads or gpu.num_sms}),
     }

@@ -218,9 +218,9 @@ def test_the_weight_ring_and_plain_loads_stand_for_each_other(small):
     ids=str,
 )
 def test_attention_by_warps_and_by_blocks_stand_for_each_other(head_dim, dtype):
-    """On the same filled cache, which goes on beyond the position, at the edges of blocks and with 1 to 6 splits.
+    """On the same filled cache, which goes on beyond the position, at the edges of blocks and with one to many splits.
 
-    A part is some 0.1 in size, a mean of up to 256 random values: one token too many or too few changes it by 4 %.
+    A part is some 0.15 in size, a mean of 64 to 128 random values: a token too many or too few changes it by 5 %.
     """
     config = tiny_config(
         "qwen3", vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
