@@ -273,7 +273,7 @@ def test_a_measurement_checks_the_logits_and_times_each_context(monkeypatch: pyt
     measured_ms = tuner.StepMeasurement(tiny_config(num_layers=1), torch.float32, torch.device("cpu"), [4, 9])
     tuning = Tuning(num_workers=2, slot_bytes=8192, block_kv=16, num_splits=1, split_tokens=256)
     assert measured_ms(tuning) == {4: 2.0, 9: 2.0}
-    assert measured_ms(replace(tuning, num_splits=2, split_tokens=4, block_kv=32)) == {4: 2.0, 9: 2.0}
+    assert measured_ms(replace(tuning, num_splits=2, split_tokens=32, block_kv=32)) == {4: 2.0, 9: 2.0}
     exact, rounded = measured_ms.references
     measured_ms.references = exact + 1, rounded + 1
     with pytest.raises(AssertionError, match="farther from fp32"):

@@ -64,7 +64,7 @@ def test_faster_memory_wants_larger_slots(factor: float):
     "change",
     [
         {"num_workers": 0}, {"slot_bytes": 3000}, {"slot_bytes": 2 << 10}, {"slot_bytes": 1 << 20},
-        {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 64}, {"num_splits": 0}, {"split_tokens": 0},
+        {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 64}, {"num_splits": 0}, {"split_tokens": 0}, {"split_tokens": 31},
         {"num_splits": 2.0}, {"num_workers": True}, {"block_kv": None},
     ],
 )  # fmt: skip
@@ -113,7 +113,7 @@ def add_layers(mpk: PersistentKernel) -> None:
 @settings(deadline=None, max_examples=10)
 @given(
     num_workers=st.integers(1, 8), slot_bytes=st.sampled_from([4096, 8192, 65536]),
-    block_kv=st.sampled_from([16, 32]), num_splits=st.integers(1, 5), split_tokens=st.integers(1, 300),
+    block_kv=st.sampled_from([16, 32]), num_splits=st.integers(1, 5), split_tokens=st.integers(32, 300),
 )  # fmt: skip
 def test_every_knob_reaches_the_cuts(num_workers, slot_bytes, block_kv, num_splits, split_tokens):
     tuning = Tuning(num_workers, slot_bytes, block_kv, num_splits, split_tokens)

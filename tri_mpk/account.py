@@ -56,15 +56,17 @@ class Queues:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
 
     def cached_weights(self) -> None:
-        """All matrices lie in the same few MB, so that they come from the L2 cache, 128 KiB apart per worker."""
+        """All matrices lie in the same few MB of lm_head's, at most 128 KiB apart per worker, so that they come from L2."""
         stream = words.TASK_STREAM.value
         lm_head = self.words[self.of_op("lm_head")]
         start = int(lm_head[:, stream].min())
+        spare = int(lm_head[:, stream + 2].sum() - self.words[:, stream + 2].max())
+        apart = min(128 << 10, max(spare, 0) // (len(self.queue_start) - 1)) // 16 * 16
         queue_start = self.queue_start.tolist()
         for worker, (first, last) in enumerate(zip(queue_start, queue_start[1:], strict=False)):
             records = self.words[first:last]
-            records[:, stream] = start + (worker << 17)
-            records[records[:, stream + 1] != 0, stream + 1] = start + (worker << 17)
+            records[:, stream] = start + worker * apart
+            records[records[:, stream + 1] != 0, stream + 1] = start + worker * apart
 
     def without_copies(self) -> None:
         """The weight ring is told that every matrix has no bytes: what lies in shared memory is multiplied."""

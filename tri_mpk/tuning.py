@@ -50,6 +50,8 @@ class Tuning:
             value = getattr(self, name)
             if not least <= value <= most or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two from {least} to {most}")
+        if self.split_tokens < self.block_kv:  # a split without a block would be a part of nothing
+            raise ValueError(f"split_tokens={self.split_tokens} must be at least block_kv={self.block_kv}")
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Tuning:
