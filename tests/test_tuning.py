@@ -64,8 +64,8 @@ def test_faster_memory_wants_larger_slots(factor: float):
     "change",
     [
         {"num_workers": 0}, {"slot_bytes": 3000}, {"slot_bytes": 2 << 10}, {"slot_bytes": 1 << 20},
-        {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 64}, {"num_splits": 0}, {"split_tokens": 0}, {"split_tokens": 31},
-        {"num_splits": 2.0}, {"num_workers": True}, {"block_kv": None},
+        {"block_kv": 24}, {"block_kv": 8}, {"block_kv": 64}, {"num_splits": 0}, {"split_tokens": 0},
+        {"split_tokens": 31}, {"num_splits": 2.0}, {"num_workers": True}, {"block_kv": None},
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name(change: dict):

@@ -56,7 +56,7 @@ class Queues:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
 
     def cached_weights(self) -> None:
-        """All matrices lie in the same few MB of lm_head's, at most 128 KiB apart per worker, so that they come from L2."""
+        """All matrices lie in the same few MB of lm_head, 128 KiB apart per worker at most, and so in the L2 cache."""
         stream = words.TASK_STREAM.value
         lm_head = self.words[self.of_op("lm_head")]
         start = int(lm_head[:, stream].min())
