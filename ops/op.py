@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -80,6 +81,13 @@ class Cut:
     tasks: list[Task] = field(default_factory=list)
 
 
+class Policy(Enum):
+    """Who decides which worker runs a task."""
+
+    STATIC = "static"  # the host: each worker has a queue
+    DYNAMIC = "dynamic"  # the kernel: whichever worker is free takes the next task that has become ready
+
+
 @dataclass(slots=True, eq=False)
 class OpCall:
     """One op of the model graph. `tensors` and `options` are the keyword arguments of the op's cut."""
@@ -89,6 +97,7 @@ class OpCall:
     tensors: dict[str, TensorHandle | None]
     options: dict[str, object]
     grid_dim: int | None = None  # number of tasks along the rows; None: cut for the machine
+    policy: Policy = Policy.STATIC
 
 
 def even_ranges(total: int, num_ranges: int) -> Iterator[tuple[int, int]]:

@@ -19,15 +19,36 @@ from .device import (
     TASK_WAIT,
     TASK_WAIT_COUNT,
 )
-from .graph import MAX_SIGNALS, Address, Events, Schedule, TaskGraph, WeightStream
+from .graph import MAX_SIGNALS, STEP_EVENT, Address, Events, Schedule, TaskGraph, WeightStream, pool_entry
+from .pools import releases
+from .ready import (
+    POOL_DRAWN,
+    POOL_NAME,
+    POOL_RECORD,
+    POOL_SIZE,
+    POOL_SLOTS,
+    POOL_TICKETS,
+    POOL_VARIANT,
+    RELEASE_COUNT,
+    RELEASE_FIRST,
+    RELEASE_NUM,
+    RELEASE_SIZE,
+    RELEASE_SLOTS,
+    RELEASE_STAMP,
+    RELEASE_TAIL,
+    RELEASE_TARGET,
+    RELEASES,
+    SLOT_STRIDE,
+)
 
 EVENT_STRIDE = 32  # int32 counters between two events: a 128-byte line each, so that they do not contend
 WORD_MASK = (1 << 32) - 1
+STUCK_IN_POOL = 1 << 16  # a wait in a pool that is given up: -1 - worker - (pool + 1) * this in place of a task
 
 
 @dataclass(frozen=True, slots=True)
 class PackedQueues:
-    words: np.ndarray  # [num_records, task_words] int64, worker after worker
+    words: np.ndarray  # [num_records, task_words] int64, worker after worker, then pool after pool
     queue_start: np.ndarray  # [num_workers + 1] int32, in records
     positions: np.ndarray  # [n] int64, flat indices into words
     tensors: np.ndarray  # [n] int32, indices into tensor_names
@@ -42,6 +63,59 @@ class PackedQueues:
         return words
 
 
+class CounterLayout:
+    """What lies where in the array of counters: a line per event, then of each pool tickets, tasks released, slots."""
+
+    def __init__(self, events: Events, schedule: Schedule) -> None:
+        self.events, self.schedule = events, schedule
+        self.release = {release.event: release for release in releases(events, schedule.pools)}
+        self.starts = [len(events.events) * EVENT_STRIDE]
+        for tasks in schedule.pools:
+            lines = 2 + -(-len(tasks) * SLOT_STRIDE // EVENT_STRIDE)
+            self.starts.append(self.starts[-1] + lines * EVENT_STRIDE)
+
+    @property
+    def size(self) -> int:
+        return self.starts[-1]
+
+    def tickets(self, pool: int) -> int:
+        return self.starts[pool]
+
+    def released(self, pool: int) -> int:
+        return self.starts[pool] + EVENT_STRIDE
+
+    def slots(self, pool: int) -> int:
+        return self.starts[pool] + 2 * EVENT_STRIDE
+
+    def step_count(self) -> int:
+        """Signals of the step event per step: those of tasks, and of workers that have left their last pool."""
+        return self.events.events[STEP_EVENT].count + self.schedule.num_leaving()
+
+    def before(self, epoch: int) -> np.ndarray:
+        """All counters when `epoch` (any int32) is the next one, as if the steps before it had run."""
+        counters = np.zeros(self.size, dtype=np.int64)
+        for index, event in enumerate(self.events.events):
+            count = self.step_count() if index == STEP_EVENT else event.count
+            counters[index * EVENT_STRIDE] = (epoch - 1) * count
+        for index, release in self.release.items():
+            line = counters[index * EVENT_STRIDE : (index + 1) * EVENT_STRIDE]
+            size, count = len(self.schedule.pools[release.pool]), self.events.events[index].count
+            line[RELEASE_TARGET.value] = epoch * count
+            line[RELEASE_STAMP.value] = epoch * size
+            line[RELEASE_COUNT.value] = count
+            line[RELEASE_SIZE.value] = size
+            line[RELEASE_FIRST.value] = release.first
+            line[RELEASE_NUM.value] = release.num
+            line[RELEASE_TAIL.value] = self.released(release.pool)
+            line[RELEASE_SLOTS.value] = self.slots(release.pool)
+        for pool, tasks in enumerate(self.schedule.pools):
+            counters[self.tickets(pool)] = (epoch - 1) * (len(tasks) + self.schedule.num_entries(pool))
+            counters[self.released(pool)] = (epoch - 1) * len(tasks)
+            slots = self.slots(pool) + SLOT_STRIDE * np.arange(len(tasks))
+            counters[slots] = (epoch - 1) * len(tasks)
+        return ((counters + (1 << 31)) % (1 << 32) - (1 << 31)).astype(np.int32)
+
+
 def pack(
     graph: TaskGraph,
     events: Events,
@@ -52,9 +126,12 @@ def pack(
 ) -> PackedQueues:
     """`field_order[variant]` lists the fields of a variant's descriptor, `itemsize[tensor]` is in bytes.
 
-    A worker without tasks gets one empty record, since every worker takes part in the step event.
+    A worker without tasks gets one empty record, since every worker takes part in the step event. The last record of
+    a pool in a worker's queue signals the step event, so that none draws tickets of a step that is over.
     """
-    num_records = sum(max(1, len(queue)) for queue in schedule.queues)
+    num_queued = sum(max(1, len(queue)) for queue in schedule.queues)
+    num_records = num_queued + sum(map(len, schedule.pools))
+    counters = CounterLayout(events, schedule)
     words = np.zeros((num_records, task_words), dtype=np.int64)
     starts = np.zeros(len(schedule.queues) + 1, dtype=np.int32)
     tensor_index: dict[str, int] = {}
@@ -77,35 +154,65 @@ def pack(
         put(record, word + 2, stream.rows * row_bytes)
         put(record, word + 3, stream.slot_rows * row_bytes)
 
+    def put_task(i: int, task_idx: int) -> None:
+        task = graph.tasks[task_idx]
+        words[i, TASK_VARIANT.value] = task.variant | task_idx << 32
+        event = events.wait[task_idx]
+        if event >= 0 and i < num_queued:  # a task of a pool is released when it has nothing to wait for any more
+            words[i, TASK_WAIT.value] = event * EVENT_STRIDE
+            words[i, TASK_WAIT_COUNT.value] = events.events[event].count
+        put_signals(i, events.signals[task_idx], graph.task_name(task_idx))
+        for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
+            put(i, word, task.fields[name])
+
+    def put_signals(i: int, targets: list[int], who: str) -> None:
+        signals = [e * EVENT_STRIDE + RELEASES.value * (e in counters.release) for e in targets]
+        assert len(signals) <= MAX_SIGNALS, f"{who} signals {len(signals)} events"
+        a, b, c, d = signals + [-1] * (MAX_SIGNALS - len(signals))
+        words[i, TASK_SIGNALS.value] = (a & WORD_MASK) | b << 32
+        words[i, TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
+
+    def put_pool(i: int, worker: int, pool: int) -> None:
+        words[i, TASK_VARIANT.value] = POOL_VARIANT.value
+        size = len(schedule.pools[pool])
+        fields = {
+            POOL_TICKETS: counters.tickets(pool),
+            POOL_DRAWN: size + schedule.num_entries(pool),
+            POOL_SLOTS: counters.slots(pool),
+            POOL_SIZE: size,
+            POOL_RECORD: num_queued + sum(map(len, schedule.pools[:pool])),
+            POOL_NAME: -1 - worker - (pool + 1) * STUCK_IN_POOL,
+        }
+        for word, value in fields.items():
+            words[i, word.value] = value
+
     record = 0
     for worker, queue in enumerate(schedule.queues):
         end = record + max(1, len(queue))
-        num_streams = sum(graph.tasks[task].stream is not None for task in queue)
+        num_streams = sum(graph.tasks[task].stream is not None for task in queue if task >= 0)
+        last_pool = max((slot for slot, entry in enumerate(queue) if entry < 0), default=-1)
         stream = 0
         for i in range(record, end):
             words[i, TASK_STREAM_INDEX.value] = WORD_MASK | num_streams << 32
             words[i, TASK_VARIANT.value] = words[i, TASK_SIGNALS.value : TASK_SIGNALS.value + 2] = -1
             if not queue:
                 continue
-            task_idx = queue[i - record]
-            task = graph.tasks[task_idx]
-            words[i, TASK_VARIANT.value] = task.variant | task_idx << 32
-            event = events.wait[task_idx]
-            if event >= 0:
-                words[i, TASK_WAIT.value] = event * EVENT_STRIDE
-                words[i, TASK_WAIT_COUNT.value] = events.events[event].count
-            signals = [e * EVENT_STRIDE for e in events.signals[task_idx]]
-            assert len(signals) <= MAX_SIGNALS, f"{graph.task_name(task_idx)} signals {len(signals)} events"
-            a, b, c, d = signals + [-1] * (MAX_SIGNALS - len(signals))
-            words[i, TASK_SIGNALS.value] = (a & WORD_MASK) | b << 32
-            words[i, TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
-            for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
-                put(i, word, task.fields[name])
+            entry = queue[i - record]
+            if entry < 0:
+                put_pool(i, worker, pool_entry(entry))
+                if i - record == last_pool:
+                    put_signals(i, [STEP_EVENT], "a pool")
+                continue
+            put_task(i, entry)
+            task = graph.tasks[entry]
             if task.stream:
                 put_stream(i, task.stream)
                 words[i, TASK_STREAM_INDEX.value] = stream | num_streams << 32
                 stream += 1
         record = end
         starts[worker + 1] = record
+    for i, task_idx in enumerate((task for tasks in schedule.pools for task in tasks), num_queued):
+        words[i, TASK_STREAM_INDEX.value] = WORD_MASK
+        put_task(i, task_idx)
     columns = np.array(relocations, dtype=np.int64).reshape(-1, 3)
     return PackedQueues(words, starts, columns[:, 0], columns[:, 1].astype(np.int32), columns[:, 2], list(tensor_index))

@@ -7,29 +7,38 @@ most.
 The machine is the one `verify` describes, with counters of few bits instead of 32. Its states then repeat after
 finitely many epochs, so that exploring ends and says what happens in all of them, the wrap-around of every counter
 included.
+
+Tasks of pools are explored twice. Once each is a worker of its own: what goes wrong then goes wrong if workers come to
+pools when it suits, and as many as it takes. And one step of the workers that there are, with their tickets, shows who
+waits for ever.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import DeadlockError, RaceError, ScheduleError, StepOverlapError, UnwrittenReadError
-from .graph import STEP_EVENT, Events, Region, Schedule, TaskGraph
+from .graph import STEP_EVENT, Events, Region, Schedule, TaskGraph, pool_entry
 
 Cell = tuple[object, ...]  # a tensor's name and a point in it
 State = tuple[int, tuple[int, ...]]  # epochs that all workers have ended; steps of each worker since
+# entries that each worker has left behind, workers that hold the ticket of a task, tasks that are done
+PoolState = tuple[tuple[int, ...], frozenset[int], frozenset[int]]
 
 
 class Machine:
     """Workers that go through their queues, once per epoch, and then wait for the step event.
 
     A worker's step is a task (its wait, its work and its signals at once: what may overlap shows as two orders) or its
-    wait at the end of an epoch.
+    wait at the end of an epoch. Each task of a pool has a worker of its own, which comes to an epoch only after another
+    worker.
     """
 
     def __init__(self, events: Events, schedule: Schedule) -> None:
-        self.queues = schedule.queues
+        self.queues = [*schedule.static_queues(), *([task] for tasks in schedule.pools for task in tasks)]
+        self.num_workers = len(schedule.queues)
         self.count = [event.count for event in events.events]
         self.wait = events.wait
         self.place = {task: (w, slot) for w, queue in enumerate(self.queues) for slot, task in enumerate(queue)}
@@ -61,11 +70,15 @@ class Machine:
         """What can happen next: (worker, epoch counted from 1, task or None for the step event)."""
         base, progress = state
         seen = self.counters(state)
+        sides = list(zip(self.queues, progress, strict=True))[: self.num_workers]
+        furthest = base + 1 + max(steps // (len(queue) + 1) for queue, steps in sides)
         found = []
         for worker, (queue, steps) in enumerate(zip(self.queues, progress, strict=True)):
             ahead, slot = divmod(steps, len(queue) + 1)
             epoch = base + ahead + 1
             task = queue[slot] if slot < len(queue) else None
+            if task is None and worker >= self.num_workers and epoch >= furthest:
+                continue
             event = STEP_EVENT if task is None else self.wait[task]
             if event not in self.waited or (seen[event] - epoch * self.count[event]) % self.modulus < self.modulus // 2:
                 found.append((worker, epoch, task))
@@ -139,7 +152,58 @@ def explore(graph: TaskGraph, events: Events, schedule: Schedule, max_states: in
                 pending.append(following)
         if len(known) > max_states:
             raise ValueError(f"more than {max_states} states; explore a smaller schedule, or raise max_states")
-    return Exploration(frozenset(faults), len(known))
+    pool_states = explore_pools(events, schedule, max_states) if schedule.pools else []
+    if None in pool_states:
+        faults.add(DeadlockError)
+    return Exploration(frozenset(faults), len(known) + len(pool_states))
+
+
+def explore_pools(events: Events, schedule: Schedule, max_states: int) -> list[PoolState | None]:
+    """All states of the first step of the workers that there are; None among them: some wait for ever."""
+    num_tasks = sum(map(len, schedule.static_queues() + schedule.pools))
+    start: PoolState = (0,) * len(schedule.queues), frozenset(), frozenset()
+    pending, known = [start], {start}
+    stuck = False
+    while pending:
+        state = pending.pop()
+        following = list(_pool_moves(events, schedule, state))
+        stuck |= not following and len(state[2]) < num_tasks
+        new = set(following) - known
+        pending += new
+        known |= new
+        if len(known) > max_states:
+            raise ValueError(f"more than {max_states} states; explore a smaller schedule, or raise max_states")
+    return [*known, *[None] * stuck]
+
+
+def _pool_moves(events: Events, schedule: Schedule, state: PoolState) -> Iterator[PoolState]:
+    slots, holders, done = state
+
+    def fired(task: int, needs_event: bool) -> bool:
+        event = events.wait[task]
+        if event < 0 or events.events[event].count <= 0:
+            return not needs_event
+        return sum(events.signals[other].count(event) for other in done) >= events.events[event].count
+
+    for worker, queue in enumerate(schedule.queues):
+        if slots[worker] == len(queue):
+            continue
+        entry = queue[slots[worker]]
+        further = (*slots[:worker], slots[worker] + 1, *slots[worker + 1 :])
+        if entry >= 0:
+            if fired(entry, needs_event=False):
+                yield further, holders, done | {entry}
+            continue
+        tasks = schedule.pools[pool_entry(entry)]
+        held = sum(queue[slots[w]] == entry for w, queue in enumerate(schedule.queues) if w in holders)
+        if worker in holders:
+            for task in tasks:
+                if task not in done and fired(task, needs_event=True):
+                    yield slots, holders - {worker}, done | {task}
+        elif len(done.intersection(tasks)) + held < len(tasks):
+            yield slots, holders | {worker}, done
+        else:
+            yield further, holders, done
 
 
 def cells(region: Region) -> set[Cell]:

@@ -108,6 +108,30 @@ MAX_SIGNALS = 4  # slots of a task descriptor
 
 @dataclass(slots=True)
 class Schedule:
-    """Static queues: `queues[w]` are task indices in the order in which worker w runs them."""
+    """`queues[w]` are task indices in the order in which worker w runs them.
+
+    `pools[p]` are tasks that no queue holds: whichever worker is free runs the next one that has become ready. Where
+    worker w takes part in that, its queue has the entry `pool_entry(p)`; it stays there until none is left to take.
+    """
 
     queues: list[list[int]]
+    pools: list[list[int]] = field(default_factory=list)
+
+    def static_queues(self) -> list[list[int]]:
+        """The queues without the entries of pools."""
+        if not self.pools:
+            return self.queues
+        return [[entry for entry in queue if entry >= 0] for queue in self.queues]
+
+    def num_entries(self, pool: int) -> int:
+        """How many entries of queues let a worker take tasks from a pool."""
+        return sum(queue.count(pool_entry(pool)) for queue in self.queues)
+
+    def num_leaving(self) -> int:
+        """Workers that take part in any pool: each signals the step event once, when it has left its last one."""
+        return sum(any(entry < 0 for entry in queue) for queue in self.queues)
+
+
+def pool_entry(pool: int) -> int:
+    """What stands in a queue for a pool, and back: pool 0 is -1, pool 1 is -2."""
+    return -1 - pool

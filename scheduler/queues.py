@@ -1,31 +1,38 @@
-"""Static queues: which worker runs which task, decided on the host.
+"""Queues: which worker runs which task, decided on the host, and what is left to be decided in the kernel.
 
 Queues are in program order, and events only ever point backwards in program order, so the first
-unfinished task of the whole graph can always run: these queues never deadlock.
+unfinished task of the whole graph can always run: these queues never deadlock. A pool stands behind all
+tasks of the ops it is made of, so the same holds for it.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 
-from .graph import Events, Schedule, TaskGraph
+from .graph import Events, Schedule, TaskGraph, pool_entry
+from .pools import number_pools
 
 
-def schedule(graph: TaskGraph, events: Events, num_workers: int) -> Schedule:
+def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collection[int] = ()) -> Schedule:
     """Spread the tasks of each op evenly over the workers by cost.
 
     A task goes to the worker with the least cost within its op, then with the least cost so far (so
-    that an op's remainder lands on workers that had none before), then by rotation. `events` is not
-    needed for that: any program order works with any derived events.
+    that an op's remainder lands on workers that had none before), then by rotation. Any program order
+    works with any derived events.
+
+    Of the ops in `dynamic`, workers run the tasks as these become ready. Ops that follow each other share a pool. A
+    task that waits for nothing has no event to become ready by, and stays in a queue.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not supported; choose at least 1")
     tasks_of_op: dict[int, list[int]] = defaultdict(list)
     for index, task in enumerate(graph.tasks):
-        tasks_of_op[task.op].append(index)
+        if task.op not in dynamic or events.wait[index] < 0:
+            tasks_of_op[task.op].append(index)
     queues: list[list[int]] = [[] for _ in range(num_workers)]
     total = [0] * num_workers
     rotation = 0
@@ -35,7 +42,24 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int) -> Schedule:
             queues[worker].append(task)
             total[worker] += costs[task]
         rotation = (rotation + len(tasks)) % num_workers
-    return Schedule([sorted(queue) for queue in queues])
+    queues = [sorted(queue) for queue in queues]
+    if not dynamic:
+        return Schedule(queues)
+    return _with_pools(graph, events, queues, sorted(dynamic))
+
+
+def _with_pools(graph: TaskGraph, events: Events, queues: list[list[int]], dynamic: list[int]) -> Schedule:
+    placed = {task for queue in queues for task in queue}
+    ends: list[int] = []  # the last op of each pool
+    pools: list[list[int]] = []
+    for _, run in groupby(enumerate(dynamic), key=lambda pair: pair[1] - pair[0]):
+        ops = {op for _, op in run}
+        if tasks := [t for t, task in enumerate(graph.tasks) if task.op in ops and t not in placed]:
+            pools.append(tasks)
+            ends.append(max(ops))
+    entries = [(end, 1, pool_entry(pool)) for pool, end in enumerate(ends)]
+    queues = [sorted([(graph.tasks[t].op, 0, t) for t in queue] + entries) for queue in queues]
+    return Schedule([[entry for _, _, entry in queue] for queue in queues], number_pools(events, pools))
 
 
 def _spread(costs: dict[int, int], total: list[int], rotation: int) -> list[tuple[int, int]]:
@@ -81,7 +105,7 @@ def imbalance(graph: TaskGraph, schedule: Schedule) -> list[OpBalance]:
     num_tasks = [0] * len(graph.ops)
     op_bytes = [[0] * num_workers for _ in graph.ops]
     for worker, queue in enumerate(schedule.queues):
-        for task in queue:
+        for task in filter(lambda entry: entry >= 0, queue):
             op = graph.tasks[task].op
             num_tasks[op] += 1
             op_bytes[op][worker] += graph.tasks[task].cost_bytes

@@ -6,7 +6,7 @@ import numpy as np
 
 from .boxes import first_uncovered, intersect, is_empty, region_text
 from .errors import MalformedScheduleError, RaceError, UnwrittenReadError, shared_text
-from .graph import Box, Events, Schedule, TaskGraph
+from .graph import Box, Events, TaskGraph
 from .order import Order
 
 
@@ -86,13 +86,13 @@ def _coordinates_text(graph: TaskGraph, task: int, tensor: str, box: Box) -> str
 class RegionCheck:
     """Proves that all conflicting accesses are ordered as in the program.
 
-    Per box and worker it keeps the last queue position that read or wrote the box so far. A queue
-    runs in order, so whoever comes after that position comes after all earlier ones too: one
-    comparison per worker settles all pairs.
+    Per box and chain it keeps the last position that read or wrote the box so far. A queue
+    runs in order, as any chain does, so whoever comes after that position comes after all earlier ones too: one
+    comparison per chain settles all pairs.
     """
 
-    def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule, order: Order) -> None:
-        self.graph, self.events, self.queues, self.order = graph, events, schedule.queues, order
+    def __init__(self, graph: TaskGraph, events: Events, order: Order) -> None:
+        self.graph, self.events, self.chains, self.order = graph, events, order.chains, order
         self.num_pairs = 0
         self.num_regions_covered = 0
 
@@ -104,7 +104,7 @@ class RegionCheck:
 
     def _check_order(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
         num_boxes = len(accesses.boxes)
-        last = np.zeros((2, num_boxes, len(self.queues)), dtype=np.int32)  # [0] reads, [1] writes
+        last = np.zeros((2, num_boxes, len(self.chains)), dtype=np.int32)  # [0] reads, [1] writes
         seen = np.zeros((2, num_boxes), dtype=np.int64)
         num_accesses = [0] * num_boxes
         before_read: dict[int, tuple[np.ndarray, int]] = {}  # holds until the next write
@@ -118,27 +118,29 @@ class RegionCheck:
                 near = overlaps[box]
                 if any(num_accesses[i] for i in near.tolist()):  # most tiles are written before anybody else comes
                     self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
-            worker, reached = self.order.worker[task], self.order.position[task] + 1
+            chain, reached = self.order.chain[task], self.order.position[task] + 1
             for kind, boxes in enumerate((reads, writes)):
                 for box in boxes:
-                    last[kind, box, worker] = max(last[kind, box, worker], reached)
+                    last[kind, box, chain] = max(last[kind, box, chain], reached)
                     seen[kind, box] += 1
                     num_accesses[box] += 1
             if writes:
                 before_read.clear()
 
     def _require(self, task: int, needed: np.ndarray, num_pairs: int) -> None:
-        """`task` may run only when every worker has done the first `needed` tasks of its queue."""
+        """`task` may run only when the first `needed` tasks of every chain are done."""
         late = self.order.done_before[task] < needed
         if late.any():
-            worker = int(late.argmax())
-            raise self._race(self.queues[worker][needed[worker] - 1], task)
+            chain = int(late.argmax())
+            raise self._race(self.chains[chain][needed[chain] - 1], task)
         self.num_pairs += num_pairs
 
     def _race(self, first: int, second: int) -> RaceError:
         """`first` comes first in program order."""
         name, order = self.graph.task_name, self.order
-        where = f"workers {order.worker[first]} and {order.worker[second]}"
+        where = f"{order.place(first)} and {order.place(second)}".replace("any worker and any", "any")
+        if max(order.chain[first], order.chain[second]) < order.num_workers:
+            where = f"workers {order.chain[first]} and {order.chain[second]}"
         shared = shared_text(self.graph, first, second)
         if order.happens_before(second, first):
             return RaceError(
@@ -184,11 +186,11 @@ class RegionCheck:
         if writers:
             writer = writers[0]
             advice = (
-                f"{name(writer)} (worker {self.order.worker[writer]}) writes it only "
+                f"{name(writer)} ({self.order.place(writer)}) writes it only "
                 + ("itself" if writer == task else "later in the program")
                 + "; move the writer ahead of the reader, or mark the tensor as initialised"
             )
         return UnwrittenReadError(
-            f"unwritten read: {name(task)} (worker {self.order.worker[task]}) reads "
+            f"unwritten read: {name(task)} ({self.order.place(task)}) reads "
             f"{region_text(accesses.tensor, hole)} before any task has written it: {advice}."
         )

@@ -65,9 +65,9 @@ class Judgement:
         return f"case {self.case.number} ({self.case.mutation}): verify {verdict}; exploring it finds {found}"
 
 
-def self_check(num_cases: int, seed: int) -> Iterator[Judgement]:
-    """Judge `num_cases` random cases, one after another."""
-    return (judge(random_case(seed, number)) for number in range(num_cases))
+def self_check(num_cases: int, seed: int, dynamic: bool = False) -> Iterator[Judgement]:
+    """Judge `num_cases` random cases, one after another; with `dynamic`, of schedules with pools."""
+    return (judge(random_case(seed, number, dynamic)) for number in range(num_cases))
 
 
 def judge(case: Case) -> Judgement:
@@ -103,11 +103,12 @@ class Tally:
 # ---- random graphs ----
 
 
-def random_case(seed: int, number: int) -> Case:
+def random_case(seed: int, number: int, dynamic: bool = False) -> Case:
     rng = random.Random(f"{seed}/{number}")
     names = list(MUTATIONS)
     mutation = ["none", *names, "several"][number % (len(names) + 2)]
-    graph, events, queues = random_schedule(rng, rng.randint(2, MAX_TASKS), rng.randint(1, MAX_WORKERS))
+    num_tasks, num_workers = rng.randint(2, MAX_TASKS), rng.randint(1, MAX_WORKERS)
+    graph, events, queues = random_schedule(rng, num_tasks, num_workers, dynamic)
     case = Case(number, mutation, graph, events, queues)
     several = [rng.choice(names) for _ in range(rng.randint(2, 3))]
     for name in {"none": [], "several": several}.get(mutation, [mutation]):
@@ -115,15 +116,21 @@ def random_case(seed: int, number: int) -> Case:
     return case
 
 
-def random_schedule(rng: random.Random, num_tasks: int, num_workers: int) -> tuple[TaskGraph, Events, Schedule]:
-    """A random graph with its derived events and queues. All are sound, but for reads of what nobody wrote."""
+def random_schedule(
+    rng: random.Random, num_tasks: int, num_workers: int, dynamic: bool = False
+) -> tuple[TaskGraph, Events, Schedule]:
+    """A random graph with its derived events and queues. All are sound, but for reads of what nobody wrote.
+
+    `dynamic`: tasks of random ops are in pools.
+    """
     while True:
         graph = random_graph(rng, num_tasks)
         try:
             events = derive_events(graph)
         except TooManySignals:
             continue
-        return graph, events, schedule(graph, events, num_workers)
+        ops = [op for op in range(len(graph.ops)) if dynamic and rng.random() < 0.7]
+        return graph, events, schedule(graph, events, num_workers, ops)
 
 
 def random_graph(rng: random.Random, num_tasks: int) -> TaskGraph:
@@ -221,6 +228,8 @@ def remove_event(rng: random.Random, case: Case) -> None:
 def swap_tasks(rng: random.Random, case: Case) -> None:
     """Two tasks change places, in one queue or between two."""
     places = [(queue, slot) for queue in case.schedule.queues for slot in range(len(queue))]
+    if len(places) < 2:
+        return
     (a, i), (b, j) = rng.sample(places, 2)
     a[i], b[j] = b[j], a[i]
 
@@ -228,7 +237,11 @@ def swap_tasks(rng: random.Random, case: Case) -> None:
 def move_task(rng: random.Random, case: Case) -> None:
     """A task goes to any place of any queue."""
     task = _random_task(rng, case)
-    next(queue for queue in case.schedule.queues if task in queue).remove(task)
+    sides = [*case.schedule.queues, *case.schedule.pools]
+    home = next(side for side in sides if task in side)
+    if home in case.schedule.pools and len(home) == 1:  # a pool without tasks is no schedule
+        return
+    home.remove(task)
     queue = rng.choice(case.schedule.queues)
     queue.insert(rng.randint(0, len(queue)), task)
 

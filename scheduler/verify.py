@@ -6,6 +6,11 @@ every event in signals[t]. After its queue a worker waits for counter[0], whatev
 step. Counters have 32 bits, compared as a signed difference, and none is ever reset. `Event.producers` and
 `Event.consumers` are not looked at.
 
+The tasks of a pool are in no queue. Task t of a pool is released by the signal that brings counter[wait[t]] to epoch *
+count. A worker that comes to a pool's entry takes tickets, as many as the pool has tasks among all workers, runs the
+task that is released as that ticket's, and goes on when no ticket is left. After its last pool it signals event 0 once
+more, which the count at the end of the step includes.
+
 A schedule is safe if, in every interleaving and however long the kernel runs,
 
 - no worker waits for ever;
@@ -13,7 +18,8 @@ A schedule is safe if, in every interleaving and however long the kernel runs,
   launch may end there;
 - no task starts before one that it conflicts with and that precedes it in the program (else a reader sees the wrong
   version);
-- nothing is read from a tensor without data before it is written.
+- nothing is read from a tensor without data before it is written;
+- which worker runs the task of a pool, and when a worker comes to a pool, matters for none of it but the first.
 
 What is checked, in this order:
 
@@ -26,6 +32,8 @@ c. steps: vector clocks tell exactly which tasks are done when a worker begins t
 d. order: the same clocks tell exactly which tasks are done before a task starts.
 e. races: conflicting accesses must be ordered as in the program.
 f. unwritten reads: the boxes that earlier tasks wrote must cover the box that is read.
+g. pools: the worst that waiting in them can do to the queues. In all other checks a task of a pool starts when its
+   event lets it, and nothing but events puts it before or after another.
 
 Each check rejects a schedule only if it is unsafe, and together they let no unsafe one pass. `self_check` tests both
 halves against all interleavings of small schedules.
@@ -45,8 +53,9 @@ from .errors import (
     StepOverlapError,
     missing_signal_text,
 )
-from .graph import MAX_SIGNALS, STEP_EVENT, Events, Schedule, TaskGraph
+from .graph import MAX_SIGNALS, STEP_EVENT, Events, Schedule, TaskGraph, pool_entry
 from .order import Order, derive_order
+from .pools import check_pools
 from .regions import RegionCheck, collect_accesses
 
 
@@ -78,8 +87,10 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     num_unused_signals = _check_counts(graph, events)
     accesses = collect_accesses(graph)
     order = derive_order(graph, events, schedule)
-    _check_steps(graph, schedule, order)
-    regions = RegionCheck(graph, events, schedule, order)
+    if schedule.pools:
+        check_pools(graph, events, schedule)
+    _check_steps(graph, order)
+    regions = RegionCheck(graph, events, order)
     for tensor in accesses:
         regions.check(tensor)
     return Report(
@@ -93,22 +104,28 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
 
 
 def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
-    placed: dict[int, int] = {}
-    for worker, queue in enumerate(schedule.queues):
-        for task in queue:
+    placed: dict[int, str] = {}
+    places = [*(f"worker {w}" for w in range(len(schedule.queues))), *(f"pool {p}" for p in range(len(schedule.pools)))]
+    for place, tasks in zip(places, [*schedule.static_queues(), *schedule.pools], strict=True):
+        for task in tasks:
             if not 0 <= task < len(graph.tasks):
                 raise MalformedScheduleError(
-                    f"worker {worker} runs task {task}, but the graph has {len(graph.tasks)} "
-                    "tasks; schedule this graph again"
+                    f"{place} runs task {task}, but the graph has {len(graph.tasks)} tasks; schedule this graph again"
                 )
             if task in placed:
                 raise MalformedScheduleError(
-                    f"{graph.task_name(task)} is queued twice, on workers {placed[task]} and {worker}; remove one"
+                    f"{graph.task_name(task)} is queued twice, on {placed[task]} and {place}; remove one"
                 )
-            placed[task] = worker
+            placed[task] = place
     if len(placed) < len(graph.tasks):
         lost = next(task for task in range(len(graph.tasks)) if task not in placed)
         raise MalformedScheduleError(f"{graph.task_name(lost)} is in no queue; append it to one")
+    entries = {entry for queue in schedule.queues for entry in queue if entry < 0}
+    if entries != {pool_entry(pool) for pool in range(len(schedule.pools))} or not all(schedule.pools):
+        raise MalformedScheduleError(
+            f"queues name pools {sorted(map(pool_entry, entries))}, but there are {len(schedule.pools)}; every pool"
+            " needs tasks and a worker that comes to it"
+        )
 
 
 def _check_event_table(graph: TaskGraph, events: Events) -> None:
@@ -161,14 +178,16 @@ def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None
     )
 
 
-def _check_steps(graph: TaskGraph, schedule: Schedule, order: Order) -> None:
-    lengths = np.array([len(queue) for queue in schedule.queues])
+def _check_steps(graph: TaskGraph, order: Order) -> None:
+    lengths = np.array([len(chain) for chain in order.chains])
     late = np.argwhere(order.done_in_step < lengths)
     if len(late):
-        ahead, worker = late[0].tolist()
-        slot = int(order.done_in_step[ahead, worker])
+        ahead, chain = late[0].tolist()
+        slot = int(order.done_in_step[ahead, chain])
+        task = order.chains[chain][slot]
+        where = order.place(task) + (f", slot {slot}" if chain < order.num_workers else "")
         raise StepOverlapError(
-            f"{graph.task_name(schedule.queues[worker][slot])} (worker {worker}, slot {slot}) may still run when "
+            f"{graph.task_name(task)} ({where}) may still run when "
             f"worker {ahead} begins the next step: nothing makes it precede the step event. Let it signal event "
             f"{STEP_EVENT} (and raise that count by 1), or an event that leads there."
         )

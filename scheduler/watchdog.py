@@ -29,6 +29,7 @@ class StuckWait:
     event: int
     seen: int
     wanted: int
+    pool: int | None = None  # the worker waited for any task of this pool; see `wait_in_pool`
 
 
 class Cause(Enum):
@@ -69,7 +70,7 @@ def diagnose(
     `counters[e]` is the counter of event e when all workers had left. Exact for one fault; of several, the nearest.
     """
     chains = _Chains(events, schedule, stuck)
-    epochs, missing = missing_signals(events, counters, first_epoch, stuck)
+    epochs, missing = missing_signals(events, counters, first_epoch, stuck, schedule.num_leaving())
     threshold = wrap_int32((first_epoch - 1 + epochs) * events.events[stuck.event].count)
     if stuck.task is not None and stuck.wanted != threshold:
         return Diagnosis(Cause.DAMAGED, [stuck.task], [stuck.task])
@@ -78,7 +79,9 @@ def diagnose(
     chain, event = chains.to_wait_for(missing)
     if event is None:
         return Diagnosis(Cause.LATE, chains.start, [])
-    stops = [task for w in absent if (task := stopped_at(events, schedule.queues[w], missing)) is not None]
+    chain, event = chains.to_released(schedule, chain, event, missing)
+    queues = schedule.static_queues()
+    stops = [task for w in absent if (task := stopped_at(events, queues[w], missing)) is not None]
     behind = [] if absent else not_begun(events, schedule, missing)
     if stops or behind:
         chain = (chains.to(stops or behind) if len(stops or behind) == 1 else []) or chain
@@ -87,19 +90,32 @@ def diagnose(
     return Diagnosis(Cause.LOST, chain + suspects * (len(suspects) == 1), suspects, event, missing[event])
 
 
+def wait_in_pool(
+    events: Events, schedule: Schedule, counters: Sequence[int], first_epoch: int, stuck: StuckWait
+) -> StuckWait:
+    """Of a worker that waited for any task of a pool: the wait of the first one there that was not released."""
+    epochs, missing = missing_signals(events, counters, first_epoch, stuck, schedule.num_leaving())
+    tasks = sorted(schedule.pools[stuck.pool])
+    task = next((task for task in tasks if events.wait[task] in missing), tasks[0])
+    event = events.wait[task]
+    wanted = wrap_int32((first_epoch - 1 + epochs) * events.events[event].count)
+    return StuckWait(stuck.worker, task, event, counters[event], wanted)
+
+
 def wrap_int32(n: int) -> int:
     return (n + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def missing_signals(
-    events: Events, counters: Sequence[int], first_epoch: int, stuck: StuckWait
+    events: Events, counters: Sequence[int], first_epoch: int, stuck: StuckWait, num_leaving: int = 0
 ) -> tuple[int, Counter[int]]:
     """(epochs that the launch began, signals that each event lacks in them).
 
     The last epoch is the one that some signal belongs to, since all workers but those at fault have gone through it;
-    or the one whose end is waited for.
+    or the one whose end is waited for. `num_leaving` workers signal the step event when they have left their last pool.
     """
     totals = Counter(event for signals in events.signals for event in signals)
+    totals[STEP_EVENT] += num_leaving
     base = first_epoch - 1
     given = {event: wrap_int32(counters[event] - base * total) for event, total in totals.items()}
     epochs = max([1, *(-(-given[event] // total) for event, total in totals.items())])
@@ -126,7 +142,7 @@ def not_begun(events: Events, schedule: Schedule, missing: Counter[int]) -> list
     do not count: that one may as well have run and lost its signals. Greedy, the longest queue first.
     """
     rest, first = missing.copy(), []
-    for queue in sorted(schedule.queues, key=len, reverse=True):
+    for queue in sorted(schedule.static_queues(), key=len, reverse=True):
         signals = Counter(event for task in queue for event in events.signals[task])
         if len(queue) > 1 and signals <= missing:
             first.append(queue[0])
@@ -152,7 +168,7 @@ class _Chains:
     def __init__(self, events: Events, schedule: Schedule, stuck: StuckWait) -> None:
         self.events, self.stuck = events, stuck
         self.start = [] if stuck.task is None else [stuck.task]
-        self.before = {b: a for queue in schedule.queues for a, b in zip(queue, queue[1:], strict=False)}
+        self.before = {b: a for queue in schedule.static_queues() for a, b in zip(queue, queue[1:], strict=False)}
         self.producers: dict[int, list[int]] = {event: [] for event in range(len(events.events))}
         for task, signals in enumerate(events.signals):
             for event in set(signals):
@@ -183,6 +199,17 @@ class _Chains:
             return self.start, self.stuck.event
         chain = self.to([task for task, event in enumerate(self.events.wait) if event in lacking])
         return chain, self.events.wait[chain[-1]] if chain else None
+
+    def to_released(
+        self, schedule: Schedule, chain: list[int], event: int, missing: Counter[int]
+    ) -> tuple[list[int], int]:
+        """Goes on over tasks of pools that never ran because they were not released: those signals are not lost."""
+        pooled = {task for tasks in schedule.pools for task in tasks}
+        while held := [t for t in self.producers[event] if t in pooled and self.events.wait[t] in missing]:
+            if held[0] in chain:
+                break
+            chain, event = [*chain, held[0]], self.events.wait[held[0]]
+        return chain, event
 
     def to_damaged(self, damaged: Collection[int], missing: Counter[int]) -> list[int]:
         """The way to the nearest of these tasks: over an event that lacks its signal, or, if none does, to its wait."""

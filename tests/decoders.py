@@ -66,13 +66,14 @@ def tiny_pair(
     wait_bound_s: float = 30.0,
     profile: bool = False,
     tuning: Tuning | None = None,
+    policy: str = "static",
     **changes: object,
 ) -> tuple[CausalLM, PreTrainedModel]:
     """The same model twice: ours, on two worker processes, and transformers'."""
     theirs = transformers_model(tiny_config(family, **changes))
     ours = tri_mpk.from_model(
         copy.deepcopy(theirs), device="cpu", max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=False, profile=profile, tuning=tuning,
+        wait_bound_s=wait_bound_s, progress=False, profile=profile, tuning=tuning, policy=policy,
     )  # fmt: skip
     return ours, theirs
 

@@ -15,6 +15,7 @@ sys.path[:] = [path for path in sys.path if os.path.realpath(path) != _HERE]
 import dataclasses  # noqa: E402
 import importlib.util  # noqa: E402
 import pickle  # noqa: E402
+import random  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
@@ -46,6 +47,20 @@ def tune_interpreter() -> None:
         return patch_lang(fn)
 
     interpreter._patch_lang = patch_once
+
+
+def delay_at_random(seed: str, worker: int) -> None:
+    """For tests: workers stop for a moment here and there, before what others may see."""
+    chance = random.Random(f"{seed}/{worker}")
+    for name in ("create_atomic_rmw", "create_masked_store", "create_masked_load"):
+        wrapped = getattr(interpreter.InterpreterBuilder, name)
+
+        def delayed(*args, wrapped=wrapped, **kwargs):
+            if chance.random() < 0.03:
+                time.sleep(chance.random() * 0.02)
+            return wrapped(*args, **kwargs)
+
+        setattr(interpreter.InterpreterBuilder, name, delayed)
 
 
 def open_tensor(path: str, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -103,6 +118,8 @@ def main() -> None:
         try:
             if message["what"] == "load":
                 state = load(message)
+                if seed := os.environ.get("TRI_MPK_TEST_DELAYS"):
+                    delay_at_random(seed, message["worker"])
             elif message["what"] == "queue":
                 answer = unpacked_queue(state)
             else:

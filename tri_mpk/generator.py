@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device, timing
+from tri_mpk.scheduler import device, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -40,7 +40,9 @@ USED = (
 )  # fmt: skip
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
-TIMED = {"wait": "timed_wait", "signal": "timed_signal"}
+TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
+RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
+SCHEDULER_MODULES = (device, timing, ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class KernelConstants:
     block_k: int
     portable: bool  # Triton atomics instead of PTX: what the interpreter runs
     profile: bool = False  # tasks leave time stamps: see scheduler/timing.py
+    pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
 
 
 def field_names(op: Op) -> list[str]:
@@ -86,6 +89,9 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
     if constants.profile:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
+    if constants.pools:
+        roots.append(ready.take_ticket)
+    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -100,13 +106,13 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",
-        *_definitions(roots, TIMED if constants.profile else {}),
+        *_definitions(roots, replaced),
         "",
         "",
         "# ---- megakernel ----",
         "",
         "",
-        *_kernel(variants, TRITON_DTYPES[constants.weight_dtype], constants.profile),
+        *_kernel(variants, constants),
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,6 +151,27 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
             begin_record(task, record + slot + 1, control_ptr, PORTABLE)  # profile
             variant = int_field(task, TASK_VARIANT, PORTABLE)
 '''
+FIRST_OF_SLOTS = "        # nothing is hoisted"
+POOL_LOOP = """\
+        # nothing is hoisted out of the variants: it would hold registers in all of them
+        slot = num_tasks * 0
+        while {condition}:
+            task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
+            variant = int_field(task, TASK_VARIANT, PORTABLE)
+            record = slot * 0 - 1
+            if variant == POOL_VARIANT:
+                record = take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE)
+            if record >= 0:  # the record of the pool stays where it is
+                fetch_task(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                await_fetch(smem, PORTABLE)
+                task = task_address(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                variant = int_field(task, TASK_VARIANT, PORTABLE)
+            else:
+                slot += 1
+                next_slot = tl.where(slot == num_tasks, 0, slot)
+                fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
+                turn ^= 1
+"""
 STEP_END = """\
             elif variant == -1:  # a worker without tasks
                 signal(task, event_ptr, PORTABLE)
@@ -161,9 +188,17 @@ STEP_END = """\
 """
 
 
-def _kernel(variants: list[Variant], weight: str, profile: bool) -> Iterator[str]:
-    lines = [*WORKER_LOOP.splitlines(), *_branches(variants, weight), *STEP_END.splitlines()]
-    return (line for line in lines if profile or not line.endswith(PROFILE_ONLY))
+def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str]:
+    weight = TRITON_DTYPES[constants.weight_dtype]
+    loop, end = WORKER_LOOP, STEP_END
+    if constants.pools:
+        # the interpreter takes any condition that is an object for true
+        condition = "slot < num_tasks" if constants.portable else "tl.condition(slot < num_tasks, disable_licm=True)"
+        loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP.format(condition=condition)
+        end = end.replace("# a worker without tasks", "# a worker without tasks, or with none left in a pool")
+        end = end.replace("elif variant == -1", "elif variant < 0")
+    lines = [*loop.splitlines(), *_branches(variants, weight), *end.splitlines()]
+    return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
 
 
 def _branches(variants: list[Variant], weight: str) -> Iterator[str]:
@@ -198,15 +233,17 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
             yield f"{p.name}=int_field(task, {words[p.name]}, PORTABLE)"
 
 
-def _definitions(roots: list[JITFunction], timed: dict[str, str]) -> Iterator[str]:
+def _definitions(roots: list[JITFunction], replaced: dict[str, JITFunction]) -> Iterator[str]:
     """Constants, then functions, callees before callers, each verbatim from its module.
 
-    `timed`: device functions whose place is taken by others, in calls from outside of the scheduler.
+    `replaced`: device functions whose place is taken by others, in calls from outside of the scheduler.
     """
     functions: dict[str, JITFunction] = {}
     constants: dict[str, tuple[ModuleType, str]] = {"TASK_VARIANT": (device, "TASK_VARIANT")}
     for name in ("CONTROL_FIRST_EPOCH", "CONTROL_FIRST_STEP", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
         constants[name] = (device, name)
+    if ready.take_ticket in roots:
+        constants["POOL_VARIANT"] = (ready, "POOL_VARIANT")
 
     def visit(fn: JITFunction) -> None:
         if functions.get(fn.__name__) is fn:
@@ -215,8 +252,8 @@ def _definitions(roots: list[JITFunction], timed: dict[str, str]) -> Iterator[st
         module = sys.modules[fn.__module__]
         for node in ast.walk(_definition(module, fn.__name__)):
             value = getattr(module, node.id, None) if isinstance(node, ast.Name) else None
-            if module not in (device, timing) and getattr(node, "id", None) in timed:
-                value = getattr(timing, timed[node.id])
+            if module not in SCHEDULER_MODULES and getattr(node, "id", None) in replaced:
+                value = replaced[node.id]
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
@@ -233,7 +270,8 @@ def _definitions(roots: list[JITFunction], timed: dict[str, str]) -> Iterator[st
         yield from ("", "")
         if module is not previous:
             yield from (f"# ---- {module.__name__.removeprefix('tri_mpk.').replace('.', '/')}.py ----", "", "")
-        yield _text(module, _definition(module, fn.__name__), {} if module in (device, timing) else timed)
+        names = {} if module in SCHEDULER_MODULES else {old: new.__name__ for old, new in replaced.items()}
+        yield _text(module, _definition(module, fn.__name__), names)
         previous = module
 
 

@@ -29,6 +29,7 @@ def from_pretrained(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     tuning: Tuning | None = None,
+    policy: str = "static",
     progress: bool = True,
     profile: bool = False,
     **hub: object,
@@ -42,6 +43,8 @@ def from_pretrained(
         num_workers: None: one per SM, or what `tri-mpk tune` found.
         tuning: the kernel's knobs; None: what `tri-mpk tune` stored for this GPU and these shapes, else the cost
             model's choice.
+        policy: "static": each worker has a queue; "hybrid": workers take attention's tasks as these become ready;
+            "dynamic": all tasks. The same tokens and bits; see docs/design.md for what is known about speed.
         profile: record when every task waits, runs and signals; `model.profile()` then tells of the last launch.
         hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
 
@@ -81,7 +84,7 @@ def from_pretrained(
         )
     return from_model(
         model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
-        tuning=tuning, progress=progress, profile=profile,
+        tuning=tuning, policy=policy, progress=progress, profile=profile,
     )  # fmt: skip
 
 
@@ -94,6 +97,7 @@ def from_model(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     tuning: Tuning | None = None,
+    policy: str = "static",
     progress: bool = True,
     profile: bool = False,
 ) -> CausalLM:
@@ -113,7 +117,7 @@ def from_model(
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
             )
-    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning)
+    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning, policy)
 
 
 def from_config(
@@ -126,6 +130,7 @@ def from_config(
     num_workers: int | None = None,
     wait_bound_s: float = 10.0,
     tuning: Tuning | None = None,
+    policy: str = "static",
     progress: bool = True,
     profile: bool = False,
 ) -> CausalLM:
@@ -136,7 +141,7 @@ def from_config(
     check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
     return from_model(
         random_model(config, seed, dtype, device), max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, tuning=tuning, progress=progress, profile=profile,
+        wait_bound_s=wait_bound_s, tuning=tuning, policy=policy, progress=progress, profile=profile,
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class CausalLM:
         progress: bool = True,
         profile: bool = False,
         tuning: Tuning | None = None,
+        policy: str = "static",
     ):
         self.config: PreTrainedConfig = model.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -64,6 +65,7 @@ class CausalLM:
             wait_bound_s=wait_bound_s,
             profile=profile,
             tuning=tuning,
+            policy=policy,
         )
         build(self.kernel, self.shape, model, PAGE_SIZE, progress)
         self._lock = threading.Lock()  # one launch at a time

@@ -18,7 +18,7 @@ from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
-from tri_mpk.ops.op import Op, OpCall, TensorHandle
+from tri_mpk.ops.op import Op, OpCall, Policy, TensorHandle
 from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
 from tri_mpk.program import Program, kernel_constants, plan
@@ -27,6 +27,7 @@ from tri_mpk.tuning import Tuning, choose_tuning, largest_block_kv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+POLICIES = ("static", "hybrid", "dynamic")
 RING_SHARED_BYTES = 200 << 10  # less than this holds no weight rings worth having
 
 
@@ -49,6 +50,10 @@ class PersistentKernel:
         profile: tasks leave time stamps, which `tri_mpk.profiler.read_profile` reads after a launch.
         tuning: the kernel's knobs, number of workers included; None: the cost model's choice for this GPU and for the
             first attention layer.
+        policy: who decides which worker runs a task. "static": the host, before the launch. "dynamic": whichever worker
+            is free takes the next task that has become ready. "hybrid": attention is dynamic, all else static. Layers
+            have a `policy` of their own, "static" or "dynamic", which comes first. Where a matrix is dynamic, weights
+            do not come through rings.
     """
 
     def __init__(
@@ -61,7 +66,10 @@ class PersistentKernel:
         wait_bound_s: float = 10.0,
         profile: bool = False,
         tuning: Tuning | None = None,
+        policy: str = "static",
     ):
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r} is not supported; choose one of {', '.join(POLICIES)}")
         if (world_size, rank) != (1, 0):
             raise NotImplementedError(f"world_size={world_size}, rank={rank}: only world_size=1, rank=0 runs so far")
         if len(meta_tensors) != 2:
@@ -89,6 +97,7 @@ class PersistentKernel:
         self.has_bulk_copies = has_bulk_copies(self.device)
         self.wait_bound_s = wait_bound_s
         self.profile = profile
+        self.policy = policy
         self.max_seq_len = tokens.shape[-1]
         self.tensors: dict[str, TensorHandle] = {}
         self.calls: list[OpCall] = []
@@ -133,12 +142,18 @@ class PersistentKernel:
 
     # ---- layers ----
 
-    def _call(self, op: Op, label: str | None, grid_dim: int | None, tensors: dict, **options: object) -> None:
+    def _call(
+        self, op: Op, label: str | None, grid_dim: int | None, policy: str | None, tensors: dict, **options: object
+    ) -> None:
         if self.program is not None:
             raise ValueError("this kernel is compiled; build a new PersistentKernel to change the graph")
         if grid_dim is not None and grid_dim < 1:
             raise ValueError(f"grid_dim={grid_dim}: the number of tasks must be at least 1; None cuts automatically")
-        self.calls.append(OpCall(op, label or f"{op.name}_{len(self.calls)}", tensors, options, grid_dim))
+        if policy is None:
+            is_dynamic = self.policy == "dynamic" or (self.policy == "hybrid" and op is ATTENTION)
+            policy = Policy.DYNAMIC if is_dynamic else Policy.STATIC
+        call = OpCall(op, label or f"{op.name}_{len(self.calls)}", tensors, options, grid_dim, Policy(policy))
+        self.calls.append(call)
 
     def embed_layer(
         self,
@@ -148,11 +163,12 @@ class PersistentKernel:
         input: TensorHandle | None = None,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output [D] fp32 = weight[tokens[step]], weight [V, D]."""
         _check_dims("embed_layer", output, "output", (weight.dims[1],))
         tensors = {"tokens": input or self.tokens, "weight": weight, "output": output}
-        self._call(EMBEDDING, label, grid_dim, tensors)
+        self._call(EMBEDDING, label, grid_dim, policy, tensors)
 
     def rmsnorm_linear_layer(
         self,
@@ -165,6 +181,7 @@ class PersistentKernel:
         eps: float = 1e-6,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output [N] = weight_linear [N, D] @ rmsnorm(input [D]) + bias [N]."""
         num_rows, hidden_size = _matrix("rmsnorm_linear_layer", weight_linear)
@@ -174,7 +191,7 @@ class PersistentKernel:
         if bias:
             _check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "output": output}
-        self._call(RMSNORM_LINEAR, label, grid_dim, tensors | {"bias": bias}, eps=eps)
+        self._call(RMSNORM_LINEAR, label, grid_dim, policy, tensors | {"bias": bias}, eps=eps)
 
     def rmsnorm_gated_linear_layer(
         self,
@@ -187,6 +204,7 @@ class PersistentKernel:
         eps: float = 1e-6,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output [N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input [D]), weights [N, D]."""
         num_rows, hidden_size = _matrix("rmsnorm_gated_linear_layer", weight_gate)
@@ -195,7 +213,7 @@ class PersistentKernel:
         _check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
         _check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_gate": weight_gate, "weight_up": weight_up}
-        self._call(RMSNORM_GATED_LINEAR, label, grid_dim, tensors | {"output": output}, eps=eps)
+        self._call(RMSNORM_GATED_LINEAR, label, grid_dim, policy, tensors | {"output": output}, eps=eps)
 
     def linear_with_residual_layer(
         self,
@@ -207,6 +225,7 @@ class PersistentKernel:
         bias: TensorHandle | None = None,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output [N] fp32 = residual [N] fp32 + weight [N, K] @ input [K] + bias [N]."""
         num_rows, k = _matrix("linear_with_residual_layer", weight)
@@ -216,7 +235,7 @@ class PersistentKernel:
         if bias:
             _check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight": weight, "residual": residual, "output": output, "bias": bias}
-        self._call(LINEAR_RESIDUAL, label, grid_dim, tensors)
+        self._call(LINEAR_RESIDUAL, label, grid_dim, policy, tensors)
 
     def new_attention_parts(
         self,
@@ -253,6 +272,7 @@ class PersistentKernel:
         eps: float = 1e-6,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output (parts, lse) = attention of the new token, whose q, k, v are `input` [(H + 2 Hkv) * Dh].
 
@@ -289,7 +309,7 @@ class PersistentKernel:
         scale = default_scale(head_dim) if scale is None else scale
         options = {"num_q_heads": num_q_heads, "scale": scale, "block_kv": block_kv, "eps": eps}
         options["split_tokens"] = tuning.split_tokens
-        self._call(ATTENTION, label, grid_dim, tensors, **options)
+        self._call(ATTENTION, label, grid_dim, policy, tensors, **options)
 
     def attention_output_layer(
         self,
@@ -301,6 +321,7 @@ class PersistentKernel:
         bias: TensorHandle | None = None,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """output [N] fp32 = residual [N] fp32 + weight [N, H * Dh] @ merged parts [H * Dh] + bias [N]."""
         num_rows, k = _matrix("attention_output_layer", weight)
@@ -316,7 +337,7 @@ class PersistentKernel:
             _check_dims("attention_output_layer", bias, "bias", (num_rows,))
         tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
         split_tokens = self._tuned(num_heads, input[0].dims[-1]).split_tokens
-        self._call(ATTENTION_OUTPUT, label, grid_dim, tensors | {"bias": bias}, split_tokens=split_tokens)
+        self._call(ATTENTION_OUTPUT, label, grid_dim, policy, tensors | {"bias": bias}, split_tokens=split_tokens)
 
     def lm_head_layer(
         self,
@@ -328,6 +349,7 @@ class PersistentKernel:
         eps: float = 1e-6,
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): `output`, [num_tasks]."""
         vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
@@ -338,7 +360,7 @@ class PersistentKernel:
         self.vocab_size = vocab_size
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear}
         best = {"best_value": best_value, "best_index": best_index}
-        self._call(LM_HEAD, label, grid_dim, tensors | best, eps=eps)
+        self._call(LM_HEAD, label, grid_dim, policy, tensors | best, eps=eps)
 
     def argmax_layer(
         self,
@@ -346,10 +368,11 @@ class PersistentKernel:
         input: tuple[TensorHandle, TensorHandle],
         grid_dim: int | None = None,
         label: str | None = None,
+        policy: str | None = None,
     ) -> None:
         """The most likely token goes to tokens[step + 1], and the step ends. `input` is lm_head_layer's output."""
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
-        self._call(ARGMAX, label, grid_dim, tensors)
+        self._call(ARGMAX, label, grid_dim, policy, tensors)
 
     # ---- from graph to launch ----
 
@@ -368,9 +391,15 @@ class PersistentKernel:
             if len(dtypes) > 1:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
+            dynamic = [call for call in self.calls if call.policy is Policy.DYNAMIC]
+            if dynamic and self.profile:
+                raise NotImplementedError(f"{dynamic[0].label} is dynamic; a kernel with time stamps is static so far")
+            # a ring brings weights in an order that is known beforehand
+            has_order = not any(t in streamed for call in dynamic for t in call.tensors.values())
             constants = kernel_constants(
-                dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies, self.profile
-            )
+                dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
+                self.profile, bool(dynamic),
+            )  # fmt: skip
             tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
             self.program = plan(self.calls, self.tensors, tuning, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":

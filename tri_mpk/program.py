@@ -13,8 +13,8 @@ import torch
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
 from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
-from tri_mpk.ops.op import Machine, OpCall, TensorHandle
-from tri_mpk.scheduler.descriptor import PackedQueues, pack
+from tri_mpk.ops.op import Machine, OpCall, Policy, TensorHandle
+from tri_mpk.scheduler.descriptor import CounterLayout, PackedQueues, pack
 from tri_mpk.scheduler.device import SHARED_BYTES
 from tri_mpk.scheduler.events import derive_events
 from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
@@ -42,6 +42,7 @@ class Program:
     constants: KernelConstants
     tuning: Tuning
     tensors: dict[str, TensorHandle]
+    counters: CounterLayout
     source: str
     seconds: float  # that planning took
 
@@ -61,13 +62,18 @@ class Program:
 
 
 def kernel_constants(
-    weight_dtype: torch.dtype, row_lengths: list[int], portable: bool, has_bulk_copies: bool, profile: bool = False
+    weight_dtype: torch.dtype,
+    row_lengths: list[int],
+    portable: bool,
+    has_bulk_copies: bool,
+    profile: bool = False,
+    pools: bool = False,
 ) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile)
+    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile, pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,8 @@ class SharedMemoryPlan:
             return cls(base, 0, 0, base + SHARED_BYTES.value)
         slot = max(2 * stream.slot_rows * stream.cols for stream in streams)
         slot = -(-slot // 128) * 128
-        num_streams = max(sum(program.graph.tasks[t].stream is not None for t in q) for q in program.schedule.queues)
+        queues = program.schedule.static_queues()
+        num_streams = max(sum(program.graph.tasks[t].stream is not None for t in queue) for queue in queues)
         base = -(-(compiler_bytes + num_streams * STREAM_BYTES.value) // 128) * 128
         fixed = base + RING_OFFSET.value
         slots = min((limit - fixed) // slot, MAX_SLOTS.value)
@@ -133,8 +140,10 @@ def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, 
         graph.tasks += cut.tasks
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     events = derive_events(graph)
-    queues = schedule(graph, events, tuning.num_workers)
+    dynamic = [op for op, call in enumerate(calls) if call.policy is Policy.DYNAMIC]
+    queues = schedule(graph, events, tuning.num_workers, dynamic)
     report = verify(graph, events, queues)
+    counters = CounterLayout(events, queues)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
-    return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, source, seconds)
+    return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds)

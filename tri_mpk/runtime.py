@@ -31,7 +31,6 @@ from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler import timing
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
-from tri_mpk.scheduler.graph import STEP_EVENT
 from tri_mpk.scheduler.watchdog import wrap_int32
 from tri_mpk.shared_memory import SharedMemory
 from tri_mpk.watchdog import differing_tasks, timeout_error
@@ -72,8 +71,8 @@ class Runtime:
         self.absent: set[int] = set()  # workers that did not leave the last launch
 
     def _allocate_state(self) -> None:
-        num_events = len(self.program.events.events)
-        self.events = self.near_empty((num_events * EVENT_STRIDE,), torch.int32)
+        self.events = self.near_empty((self.program.counters.size,), torch.int32)
+        self.set_epoch(1)
         num_records = RECORDED_STEPS * self.step_records if self.program.constants.profile else 0
         self.control = self.empty((CONTROL_WORDS + num_records * timing.RECORD_WORDS.value,), torch.int64)
         self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
@@ -95,10 +94,7 @@ class Runtime:
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` (any int32) the next one, as if the steps before it had run."""
-        counters = torch.zeros(self.events.shape, dtype=torch.int32)
-        for i, event in enumerate(self.program.events.events):
-            counters[i * EVENT_STRIDE] = wrap_int32((epoch - 1) * event.count)
-        self.events.copy_(counters)
+        self.events.copy_(torch.from_numpy(self.program.counters.before(epoch)))
         self.next_epoch = epoch
 
     def run(self, request: LaunchRequest) -> Iterator[int]:
@@ -116,7 +112,7 @@ class Runtime:
         control[words.CONTROL_LOGITS_STRIDE.value] = 0 if request.logits is None else request.logits.shape[-1]
         control[words.CONTROL_WAIT_BOUND.value] = self.wait_bound()
         control[words.CONTROL_NUM_EOS.value] = len(request.eos_token_ids)
-        control[words.CONTROL_STEP_COUNT.value] = self.program.events.events[STEP_EVENT].count
+        control[words.CONTROL_STEP_COUNT.value] = self.program.counters.step_count()
         if self.shared_memory is not None:
             control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
             control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
@@ -151,7 +147,7 @@ class Runtime:
         control = self.control[:CONTROL_WORDS].cpu()
         self.last_steps = range(0)
         if control[words.CONTROL_ABORT.value]:
-            counters = self.events.cpu()[::EVENT_STRIDE].tolist()
+            counters = self.events.cpu()[: len(self.program.events.events) * EVENT_STRIDE : EVENT_STRIDE].tolist()
             self.set_epoch(1)
             raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
         first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
@@ -382,7 +378,9 @@ class InterpreterRuntime(Runtime):
         for worker, process in enumerate(self.workers):
             self._send(process, {"what": "queue"})
             lo, hi = expected.queue_start[worker : worker + 2]
-            found[lo:hi] = pickle.load(process.stdout)[lo:hi]
+            queue = pickle.load(process.stdout)
+            found[lo:hi] = queue[lo:hi]
+        found[hi:] = queue[hi:]
         return differing_tasks(self.program, found, expected.words)
 
     def _fail(self, reason: str) -> None:

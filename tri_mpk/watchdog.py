@@ -11,7 +11,8 @@ from tri_mpk.labels import split_label
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT
 from tri_mpk.scheduler import device as words
-from tri_mpk.scheduler.watchdog import Cause, Diagnosis, StuckWait, diagnose
+from tri_mpk.scheduler.descriptor import STUCK_IN_POOL
+from tri_mpk.scheduler.watchdog import Cause, Diagnosis, StuckWait, diagnose, wait_in_pool
 
 
 def timeout_error(
@@ -24,9 +25,10 @@ def timeout_error(
     """The error for a launch that was aborted, with the control block and all event counters as it left them."""
     names = _Names(program)
     stuck = stuck_wait(program, control, names.worker_of)
-    found = diagnose(
-        program.events, program.schedule, counters, control[words.CONTROL_FIRST_EPOCH.value], stuck, damaged, absent
-    )
+    first_epoch = control[words.CONTROL_FIRST_EPOCH.value]
+    if stuck.pool is not None:
+        stuck = wait_in_pool(program.events, program.schedule, counters, first_epoch, stuck)
+    found = diagnose(program.events, program.schedule, counters, first_epoch, stuck, damaged, absent)
     where = {}
     if stuck.task is not None:
         task = program.graph.tasks[stuck.task]
@@ -50,23 +52,26 @@ def stuck_wait(program: Program, control: Sequence[int], worker_of: dict[int, in
     task = control[words.CONTROL_STUCK_TASK.value]
     seen, wanted = control[words.CONTROL_STUCK_SEEN.value], control[words.CONTROL_STUCK_WANTED.value]
     if task < 0:
-        return StuckWait(-1 - task, None, STEP_EVENT, seen, wanted)
+        pool, worker = divmod(-1 - task, STUCK_IN_POOL)
+        return StuckWait(worker, None, STEP_EVENT, seen, wanted, pool=pool - 1 if pool else None)
     return StuckWait(worker_of[task], task, program.events.wait[task], seen, wanted)
 
 
 def differing_tasks(program: Program, found: np.ndarray, packed: np.ndarray) -> set[int]:
     """The tasks whose descriptors differ: records of all workers one after another, at least one each."""
     records = [task for queue in program.schedule.queues for task in queue or [-1]]
-    return {records[row] for row in np.flatnonzero((found != packed).any(axis=1))} - {-1}
+    records += [task for tasks in program.schedule.pools for task in tasks]
+    return {records[row] for row in np.flatnonzero((found != packed).any(axis=1)) if records[row] >= 0}
 
 
 class _Names:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.worker_of = {task: w for w, queue in enumerate(program.schedule.queues) for task in queue}
+        self.worker_of = {task: w for w, queue in enumerate(program.schedule.static_queues()) for task in queue}
 
     def task(self, task: int) -> str:
-        return f"{self.program.graph.task_name(task)} (worker {self.worker_of[task]})"
+        where = f"worker {self.worker_of[task]}" if task in self.worker_of else "any worker"
+        return f"{self.program.graph.task_name(task)} ({where})"
 
     def tasks(self, tasks: list[int]) -> str:
         shown = ", ".join(map(self.task, tasks[:4]))

@@ -220,7 +220,7 @@ def test_without_a_step_event_only_a_lone_worker_keeps_steps_apart(queues, safe)
     ("queues", "text"),
     [
         ([[0, 2, 4], [1, 3]], "c t1 is in no queue"),
-        ([[0, 2, 4], [1, 3, 5, 0]], "a t0 is queued twice, on workers 0 and 1"),
+        ([[0, 2, 4], [1, 3, 5, 0]], "a t0 is queued twice, on worker 0 and worker 1"),
         ([[0, 2, 4], [1, 3, 5, 6]], "worker 1 runs task 6, but the graph has 6 tasks"),
     ],
 )
