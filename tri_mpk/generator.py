@@ -153,30 +153,35 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
 '''
 FIRST_OF_SLOTS = "        # nothing is hoisted"
 POOL_LOOP = """\
-        # nothing is hoisted out of the variants: it would hold registers in all of them
         slot = num_tasks * 0
-        while {condition}:
-            task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
-            variant = int_field(task, TASK_VARIANT, PORTABLE)
-            record = slot * 0 - 1
-            if variant == POOL_VARIANT:
-                record = take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE)
-            if record >= 0:  # the record of the pool stays where it is
-                fetch_task(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
-                await_fetch(smem, PORTABLE)
-                task = task_address(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+        while slot < num_tasks:
+            # at least as many as are left, for a task from a pool leaves the slot where it is; and nothing is hoisted out
+            # of the variants: it would hold registers in all of them
+            for _ in tl.range(slot, num_tasks, num_stages=1, disable_licm=True):
+                task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
                 variant = int_field(task, TASK_VARIANT, PORTABLE)
-            else:
-                slot += 1
-                next_slot = tl.where(slot == num_tasks, 0, slot)
-                fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
-                turn ^= 1
+                record = slot * 0 - 1
+                if variant == POOL_VARIANT:
+                    record = take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE)
+                if record >= 0:  # the record of the pool stays where it is
+                    fetch_task(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                    await_fetch(smem, PORTABLE)
+                    task = task_address(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                    variant = int_field(task, TASK_VARIANT, PORTABLE)
+                else:
+                    slot += 1
+                    next_slot = tl.where(slot == num_tasks, 0, slot)
+                    fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
+                    turn ^= 1
 """
-STEP_END = """\
+NO_VARIANT = """\
             elif variant == -1:  # a worker without tasks
                 signal(task, event_ptr, PORTABLE)
             else:  # a damaged queue: whoever waits for this task ends the launch
                 await_fetch(smem, PORTABLE)
+"""
+WITHOUT_TASKS = "variant == -1:  # a worker", "variant < 0:  # a pool with no task left, or a worker"
+STEP_END = """\
         # the step event
         step_waits = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)  # profile
         wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
@@ -190,14 +195,11 @@ STEP_END = """\
 
 def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str]:
     weight = TRITON_DTYPES[constants.weight_dtype]
-    loop, end = WORKER_LOOP, STEP_END
+    loop, branches = WORKER_LOOP, [*_branches(variants, weight), *NO_VARIANT.splitlines()]
     if constants.pools:
-        # the interpreter takes any condition that is an object for true
-        condition = "slot < num_tasks" if constants.portable else "tl.condition(slot < num_tasks, disable_licm=True)"
-        loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP.format(condition=condition)
-        end = end.replace("# a worker without tasks", "# a worker without tasks, or with none left in a pool")
-        end = end.replace("elif variant == -1", "elif variant < 0")
-    lines = [*loop.splitlines(), *_branches(variants, weight), *end.splitlines()]
+        loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP
+        branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches]
+    lines = [*loop.splitlines(), *branches, *STEP_END.splitlines()]
     return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
 
 
