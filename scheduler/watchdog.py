@@ -119,7 +119,7 @@ def missing_signals(
     base = first_epoch - 1
     given = {event: wrap_int32(counters[event] - base * total) for event, total in totals.items()}
     epochs = max([1, *(-(-given[event] // total) for event, total in totals.items())])
-    if stuck.task is None and totals[STEP_EVENT]:
+    if stuck.task is None and stuck.pool is None and totals[STEP_EVENT]:
         epochs = max(epochs, wrap_int32(stuck.wanted - base * totals[STEP_EVENT]) // totals[STEP_EVENT])
     lacking = {event: epochs * total - given[event] for event, total in totals.items()}
     return epochs, Counter({event: number for event, number in lacking.items() if number > 0})

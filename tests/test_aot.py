@@ -35,7 +35,7 @@ from tri_mpk.inspect import plan_config
 from tri_mpk.program import SharedMemoryPlan
 config = geometry(sys.argv[1])
 config.num_hidden_layers = 2
-program = plan_config(config, torch.bfloat16, 8192, profile=sys.argv[2:] == ["profile"])
+program = plan_config(config, torch.bfloat16, 8192, profile=sys.argv[2] == "profile", policy=sys.argv[3])
 kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
 ttgir = kernel.asm["ttgir"]
@@ -72,16 +72,24 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | variables
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*([name] for name in GEOMETRIES), ["Llama-3.2-1B", "profile"], ["Qwen3-8B", "profile"]],
-    ids=" ".join,
-)
-def report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    command = [sys.executable, "-c", REPORT, *request.param]
+def compiled(name: str, kind: str, policy: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", REPORT, name, kind, policy]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *([name, "plain", "static"] for name in GEOMETRIES),
+        *([name, "profile", "static"] for name in ("Llama-3.2-1B", "Qwen3-8B")),
+        *([name, "plain", "hybrid"] for name in ("Llama-3.2-1B", "Qwen3-8B")),
+    ],
+    ids=" ".join,
+)
+def report(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return compiled(*request.param)
 
 
 def test_work_by_warps_has_a_row_per_warp_and_a_column_per_lane(report: dict[str, Any]):
@@ -94,6 +102,15 @@ def test_real_kernels_fit_hopper(report: dict[str, Any]):
     assert report["spills"] == 0 and report["stack_bytes"] == 0
     assert report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] * report["slot_bytes"] >= 128 << 10, "too little on its way to hide a hop"
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-8B"])
+def test_dynamic_kernels_fit_hopper(name: str):
+    """There is no order in which a ring could bring the weights."""
+    report = compiled(name, "plain", "dynamic")
+    assert report["bulk_copies"] == report["ring_slots"] == 0
+    assert report["registers"] <= MAX_REGISTERS
+    assert report["spills"] == 0 and report["stack_bytes"] == 0
 
 
 def test_compile_reports_resources():

@@ -56,7 +56,7 @@ def delay_at_random(seed: str, worker: int) -> None:
         wrapped = getattr(interpreter.InterpreterBuilder, name)
 
         def delayed(*args, wrapped=wrapped, **kwargs):
-            if chance.random() < 0.03:
+            if chance.random() < 0.01:
                 time.sleep(chance.random() * 0.02)
             return wrapped(*args, **kwargs)
 

@@ -155,8 +155,8 @@ FIRST_OF_SLOTS = "        # nothing is hoisted"
 POOL_LOOP = """\
         slot = num_tasks * 0
         while slot < num_tasks:
-            # at least as many as are left, for a task from a pool leaves the slot where it is; and nothing is hoisted out
-            # of the variants: it would hold registers in all of them
+            # at least as many as are left: a task from a pool leaves the slot where it is. Nothing is hoisted out of
+            # the variants: it would hold registers in all of them
             for _ in tl.range(slot, num_tasks, num_stages=1, disable_licm=True):
                 task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
                 variant = int_field(task, TASK_VARIANT, PORTABLE)

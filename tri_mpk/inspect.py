@@ -49,6 +49,7 @@ def plan_config(
     bulk_copies: bool = True,
     tuning: Tuning | None = None,
     profile: bool = False,
+    policy: str = "static",
 ) -> Program:
     """The program of a GPU kernel with `num_workers` workers, or with that tuning, planned on the meta device.
 
@@ -57,7 +58,9 @@ def plan_config(
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
-    kernel = PersistentKernel(num_workers=num_workers, meta_tensors=[step, tokens], tuning=tuning, profile=profile)
+    kernel = PersistentKernel(
+        num_workers=num_workers, meta_tensors=[step, tokens], tuning=tuning, profile=profile, policy=policy
+    )
     kernel.has_bulk_copies = bulk_copies
     build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
     return kernel.plan()

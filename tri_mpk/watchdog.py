@@ -86,6 +86,11 @@ class _Names:
             lost = f"{found.missing} of {total} signals of event {found.event} never came"
             return f"{lost}, to be given by {'one of ' if len(found.suspects) > 1 else ''}{who}"
         if found.cause is Cause.LATE:
+            if stuck.task is not None and stuck.seen == stuck.wanted:
+                return (
+                    f"no signal is lost: event {stuck.event} is complete, but its tasks in the pool were released after"
+                    " the bound, or not at all"
+                )
             late = f"those of event {stuck.event} came after the bound: some worker was slow"
             behind = f"a worker had not begun this step by then, in which it comes to {who} first"
             return f"no signal is lost, {behind if found.suspects else late}"
