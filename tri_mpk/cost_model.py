@@ -75,5 +75,7 @@ def worker_rates(program: Program, gpu: GpuProfile) -> WorkerRates:
 
 
 def estimate(program: Program, gpu: GpuProfile, context: int) -> StepTime:
-    """Seconds per token when the new one is number `context` of its sequence."""
+    """Seconds per token when the new one is number `context` of its sequence. Of static kernels."""
+    if program.schedule.pools:
+        raise NotImplementedError("the cost model is for static kernels; plan this one with policy='static'")
     return step_time(program.events, program.schedule, work_of(program, gpu, context), worker_rates(program, gpu))

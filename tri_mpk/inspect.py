@@ -91,6 +91,7 @@ def critical_path(program: Program) -> list[int]:
 
     One symbolic run of the queues: a task runs when the one before it in its queue has run and its event is complete.
     """
+    assert not program.schedule.pools, "the longest chain through a pool is known only when it has run"
     events, queues = program.events, program.schedule.queues
     depth = [0] * len(program.graph.tasks)
     previous = [-1] * len(depth)  # on the longest chain to a task
@@ -319,7 +320,7 @@ def print_debug(program: Program) -> None:
     tasks_of = defaultdict(list)
     for index, task in enumerate(graph.tasks):
         tasks_of[task.op].append(index)
-    worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
+    worker_of = {task: worker for worker, queue in enumerate(program.schedule.static_queues()) for task in queue}
     rows = [("op", "variant", "tasks", "waits for", "signals", "workers", "bytes")]
     for op, tasks in tasks_of.items():
         rows.append(
@@ -329,7 +330,7 @@ def print_debug(program: Program) -> None:
                 str(len(tasks)),
                 ranges({events.wait[t] for t in tasks} - {-1}),
                 ranges({event for t in tasks for event in events.signals[t]}),
-                ranges({worker_of[t] for t in tasks}),
+                ranges({worker_of[t] for t in tasks if t in worker_of}) or "any",
                 str(sum(graph.tasks[t].cost_bytes for t in tasks)),
             )
         )
