@@ -40,7 +40,7 @@ kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
 ttgir = kernel.asm["ttgir"]
 names = set(re.findall(r"tensor<16x32x[^,]+, (#[^>]+)>", ttgir))
-layouts = sorted(re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[0] for name in names)
+layouts = sorted(layout for name in names for layout in re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE))
 print(json.dumps(resources(kernel) | dataclasses.asdict(plan) | {"layouts": layouts}))
 """
 
