@@ -74,6 +74,10 @@ TuningOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The kernel's knobs as JSON; default: what tri-mpk tune stored, or a choice."),
 ]
+PolicyOption = Annotated[
+    str,
+    typer.Option(metavar="POLICY", help="Who hands out tasks: static, hybrid (attention dynamic), dynamic."),
+]
 WaitBoundOption = Annotated[float, typer.Option(min=0.001, help="Longest wait inside the kernel, in seconds.")]
 ProgressOption = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress on standard error.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -171,6 +175,7 @@ def generate(
     num_workers: NumWorkersOption = None,
     wait_bound_s: WaitBoundOption = 10.0,
     tuning: TuningOption = None,
+    policy: PolicyOption = "static",
     eos_token_id: EosOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text while it is made.")] = True,
     as_json: JsonOption = False,
@@ -189,7 +194,7 @@ def generate(
     text = read_prompt(prompt)
     lm, tokenizer = load(
         model, hub_options(revision, cache_dir, local_files_only), progress, dtype=dtype, device=device,
-        max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s, tuning=tuning,
+        max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s, tuning=tuning, policy=policy,
     )  # fmt: skip
     from transformers import TextStreamer
 
@@ -238,6 +243,7 @@ def chat(
     num_workers: NumWorkersOption = None,
     wait_bound_s: WaitBoundOption = 10.0,
     tuning: TuningOption = None,
+    policy: PolicyOption = "static",
     eos_token_id: EosOption = None,
     revision: RevisionOption = None,
     cache_dir: CacheDirOption = None,
@@ -263,7 +269,7 @@ def chat(
         raise ValueError(f"{model} has no chat template, so it is no chat model; try: tri-mpk generate {model} PROMPT")
     lm, tokenizer = load(
         model, hub, progress, dtype=dtype, device=device, max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, tuning=tuning,
+        wait_bound_s=wait_bound_s, tuning=tuning, policy=policy,
     )  # fmt: skip
     parameters = greedy_parameters(lm.generation_config)
     if eos_token_id:

@@ -380,7 +380,7 @@ class InterpreterRuntime(Runtime):
             lo, hi = expected.queue_start[worker : worker + 2]
             queue = pickle.load(process.stdout)
             found[lo:hi] = queue[lo:hi]
-        found[hi:] = queue[hi:]
+            found[expected.queue_start[-1] :] = queue[expected.queue_start[-1] :]  # those of pools
         return differing_tasks(self.program, found, expected.words)
 
     def _fail(self, reason: str) -> None:
