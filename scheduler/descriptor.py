@@ -71,7 +71,7 @@ class CounterLayout:
         self.release = {release.event: release for release in releases(events, schedule.pools)}
         self.starts = [len(events.events) * EVENT_STRIDE]
         for tasks in schedule.pools:
-            lines = 2 + -(-len(tasks) * SLOT_STRIDE // EVENT_STRIDE)
+            lines = 2 + -(-len(tasks) * SLOT_STRIDE.value // EVENT_STRIDE)
             self.starts.append(self.starts[-1] + lines * EVENT_STRIDE)
 
     @property
@@ -111,7 +111,7 @@ class CounterLayout:
         for pool, tasks in enumerate(self.schedule.pools):
             counters[self.tickets(pool)] = (epoch - 1) * (len(tasks) + self.schedule.num_entries(pool))
             counters[self.released(pool)] = (epoch - 1) * len(tasks)
-            slots = self.slots(pool) + SLOT_STRIDE * np.arange(len(tasks))
+            slots = self.slots(pool) + SLOT_STRIDE.value * np.arange(len(tasks))
             counters[slots] = (epoch - 1) * len(tasks)
         return ((counters + (1 << 31)) % (1 << 32) - (1 << 31)).astype(np.int32)
 

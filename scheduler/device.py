@@ -147,19 +147,20 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
                 tl.store(control_ptr + CONTROL_STUCK_WANTED, wanted)
         tl.debug_barrier()
     else:
-        tl.inline_asm_elementwise(  # byte offsets are 8 x the CONTROL_ words above
+        # Byte offsets are 8 x the CONTROL_ words above. Times are in units of 1024 ns, to hold one register through it.
+        tl.inline_asm_elementwise(
             """{
-            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start; .reg .u64 now; .reg .s64 wide;
+            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start, time, limit; .reg .u64 wide;
             mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
             ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
-            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 start, now;
+            mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 start, wide;
             MORE: mov.s32 polls, 0;
             POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
             ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
-            mov.u64 now, %globaltimer; shr.u64 now, now, 10; cvt.u32.u64 flag, now; sub.u32 start, flag, start;
-            ld.global.u64 now, [$3 + 40]; shr.u64 now, now, 10; min.u64 now, now, 0xfffffffe; cvt.u32.u64 tid, now;
-            setp.lt.u32 p, start, tid; sub.u32 start, flag, start; @p bra MORE;
+            mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 time, wide; sub.u32 time, time, start;
+            ld.global.u64 wide, [$3 + 40]; shr.u64 wide, wide, 10; min.u64 wide, wide, 0xfffffffe;
+            cvt.u32.u64 limit, wide; setp.lt.u32 p, time, limit; @p bra MORE;
             atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
             cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
             cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;

@@ -19,7 +19,7 @@ from .device import (
     wait_counter,
 )
 
-SLOT_STRIDE = 8  # int32 between two slots: a sector of 32 bytes each, for each has another worker waiting
+SLOT_STRIDE = tl.constexpr(8)  # int32 between two slots: a sector of 32 bytes each, for each has another worker waiting
 POOL_VARIANT = tl.constexpr(-2)  # the record in a worker's queue where it comes to a pool
 
 # Fields of that record. Places are indices into event_ptr, where a pool's counters and slots follow the events.
@@ -51,7 +51,7 @@ def take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
     ticket = tl.atomic_add(tickets_ptr, 1, sem="relaxed", scope="gpu") - drawn
     record = ticket * 0 - 1
     if ticket < size:
-        slot_ptr = event_ptr + task_word(task, POOL_SLOTS, PORTABLE) + ticket * 8
+        slot_ptr = event_ptr + task_word(task, POOL_SLOTS, PORTABLE) + ticket * SLOT_STRIDE
         wait_counter(slot_ptr, epoch * size, int_field(task, POOL_NAME, PORTABLE), control_ptr, PORTABLE)
         number = tl.load(slot_ptr, volatile=True) - epoch * size
         if (number >= 0) & (number < size):  # else the launch ends
@@ -82,13 +82,13 @@ def signal_and_release(task, event_ptr, PORTABLE: tl.constexpr):
                         tl.store(line_ptr + RELEASE_STAMP, stamp + size)
                         tail_ptr = event_ptr + tl.load(line_ptr + RELEASE_TAIL)
                         slot = tl.atomic_add(tail_ptr, num, sem="relaxed", scope="gpu") - (stamp - size)
-                        slot_ptr = event_ptr + tl.load(line_ptr + RELEASE_SLOTS) + slot * 8
+                        slot_ptr = event_ptr + tl.load(line_ptr + RELEASE_SLOTS) + slot * SLOT_STRIDE
                         number = stamp + tl.load(line_ptr + RELEASE_FIRST)
                         for k in range(num):
-                            tl.atomic_xchg(slot_ptr + k * 8, number + k, sem="release", scope="gpu")
+                            tl.atomic_xchg(slot_ptr + k * SLOT_STRIDE, number + k, sem="release", scope="gpu")
     else:
         # As in `signal`. The lane that completes an event has acquired what its producers wrote; the fence passes that
-        # on with what it writes to the slots. Byte offsets are 4 x the RELEASE_ words above.
+        # on with what it writes to the slots. Byte offsets are 4 x the RELEASE_ words above, and 32 is 4 x SLOT_STRIDE.
         tl.inline_asm_elementwise(
             """{
             .reg .pred p, q; .reg .u32 tid, odd, first; .reg .s32 a, b, c, d;

@@ -92,7 +92,7 @@ def test_records_and_counters():
     assert counters[STEP_EVENT] == 7 * 5 and counters[layout.tickets(0)] == 7 * 5 and counters[layout.released(0)] == 14
     assert counters[released * EVENT_STRIDE + RELEASE_TARGET.value] == 8 * 2
     assert counters[released * EVENT_STRIDE + RELEASE_STAMP.value] == 8 * 2
-    assert (counters[layout.slots(0) : layout.size : SLOT_STRIDE][:2] == 14).all()
+    assert (counters[layout.slots(0) : layout.size : SLOT_STRIDE.value][:2] == 14).all()
     per_step = (counters - layout.before(7)).astype(np.int64)
     for epoch in (2**31 - 1, -(2**31)):
         assert ((layout.before(epoch) - counters - (epoch - 8) * per_step) % 2**32 == 0).all()

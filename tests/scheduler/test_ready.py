@@ -122,7 +122,7 @@ def test_whoever_completes_an_event_releases_its_tasks(first_epoch: int):
             inputs = [counters.ctypes.data, *descriptors[task][TASK_SIGNALS.value : TASK_SIGNALS.value + 2].tolist()]
             block = Threads([np.full(512, value % 2**64, np.uint64) for value in inputs])
             block.execute(asm)
-            slots = counters[layout.slots(0) :: SLOT_STRIDE][: len(tasks)].astype(np.int64)
+            slots = counters[layout.slots(0) :: SLOT_STRIDE.value][: len(tasks)].astype(np.int64)
             numbers = (slots - epoch * len(tasks) + 2**31) % 2**32 - 2**31
             released = [tasks[number] for number in numbers if number >= 0]
             complete = [event for event in events.events[1:] if max(event.producers) <= task]
