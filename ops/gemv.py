@@ -1,16 +1,18 @@
 """Streaming a weight matrix: what all matrix-vector ops share.
 
 A task's rows are consecutive in memory. A worker owns a ring of slots in shared memory and has the bulk copy engine
-fill each with a few whole rows in one request. A slot is refilled one slot after all warps have read it, and always
-with what is needed SLOTS - 1 slots later, whichever task that belongs to: the weight stream runs on while a worker
-waits for an event.
+fill each with a few whole rows in one request. What a slot is refilled with is always what comes next in the worker's
+streams, whichever task that belongs to: the weight stream runs on while a worker waits for an event.
 
     slot        0        1        2        3
     holds       read     [now]    ready    on its way
     next        slot 0 is refilled; its rows may be the first of the worker's next task
 
-`ring` is the state of that: shared memory, the slot to read next, and the cursor, which is the position of the next
-rows to request. The cursor walks the task descriptors by itself.
+A slot is refilled one slot after all warps have read it, or DEFERRED slots later: then the last slots of a task are
+refilled when the next one has its activations (`refill`), which otherwise come behind these weights.
+
+`ring` is the state of that: shared memory, the slot to read next, how many before it are empty, and the cursor, which
+is the position of the next rows to request. The cursor walks the task descriptors by itself.
 
 The 16 warps share out a slot of R rows: each takes the same segment of columns of one or two rows in every slot, so
 that a thread holds its part of the activations in registers for the whole task, 8 columns per lane in every 256.
@@ -145,10 +147,12 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
                 cursor = request_rows(smem, slot, 1, capacity, cursor)
+            num_empty = zero + 1
         else:
-            slots = zero + 1  # nothing is on its way, and nothing ever will be
+            slots = zero  # nothing is on its way, and nothing ever will be
+            num_empty = zero
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
-        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, cursor)
+        return (smem, slots, capacity, zero, zero, num_empty, cursor)
     else:
         return 0
 
@@ -213,9 +217,22 @@ def await_slot(smem, slot, phase):
 
 
 @triton.jit
-def release_slot(ring):
-    """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+def request_next(ring):
+    """Asks for the next rows, in the slot that has been empty longest."""
+    smem, slots, capacity, slot, phase, num_empty, cursor = ring
+    oldest = slot - num_empty
+    oldest_phase = phase
+    if oldest < 0:
+        oldest += slots
+        oldest_phase = phase ^ 1
+    cursor = request_rows(smem, oldest, oldest_phase, capacity, cursor)
+    return (smem, slots, capacity, slot, phase, num_empty - 1, cursor)
+
+
+@triton.jit
+def release_slot(ring, DEFERRED: tl.constexpr):
+    """This warp has read the current slot. The ring moves on, and an older slot is refilled."""
+    smem, slots, capacity, slot, phase, num_empty, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -230,28 +247,38 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
-    cursor = request_rows(smem, last, last_phase, capacity, cursor)
-    next_slot = slot + 1
-    next_phase = phase
-    if next_slot == slots:
-        next_slot = slots * 0
-        next_phase = phase ^ 1
-    return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
+    slot += 1
+    if slot == slots:
+        slot = slots * 0
+        phase ^= 1
+    ring = (smem, slots, capacity, slot, phase, num_empty + 1, cursor)
+    if num_empty > DEFERRED:  # the slot just read is left for the next time: not all warps may have read it
+        ring = request_next(ring)
+    return ring
 
 
 @triton.jit
-def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
+    """Asks for the rows that were put off."""
+    if RING and DEFERRED > 0:
+        for _ in tl.range(1, ring[5], num_stages=1):
+            ring = request_next(ring)
+    return ring
+
+
+@triton.jit
+def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+        smem, slots, capacity, slot, phase, num_empty, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = slots - 1
+        reach = slots - num_empty
         if num_slots > reach:  # the cursor has not left them
             cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
-            ring = (smem, slots, capacity, slot, phase, last, last_phase, cursor)
+            ring = (smem, slots, capacity, slot, phase, num_empty, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
             await_slot(smem, ring[3], ring[4])
-            ring = release_slot(ring)
+            ring = release_slot(ring, DEFERRED)
     return ring
 
 
@@ -259,8 +286,8 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
-        for _ in tl.range(0, slots - 1, num_stages=1):
+        smem, slots, capacity, slot, phase, num_empty, cursor = ring
+        for _ in tl.range(0, slots - num_empty, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
             if slot == slots:
@@ -313,7 +340,7 @@ def scale_segment(ring, x, gain, RING: tl.constexpr):
 
 
 @triton.jit
-def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
+def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
         SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
@@ -331,7 +358,7 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring)
+            ring = release_slot(ring, DEFERRED)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)
@@ -386,11 +413,11 @@ def row_sums(
 def dot_rows(
     ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows,
     K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
-    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT)
     end_rows(RING)
     return ring, row_sums(
         ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K

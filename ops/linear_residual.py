@@ -14,6 +14,7 @@ from tri_mpk.ops.gemv import (
     block_rows,
     dot_rows,
     load_segment,
+    refill,
     slot_rows,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
@@ -28,18 +29,19 @@ def linear_residual_tile(
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
+    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
         if HAS_BIAS:
             base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         ring, y = dot_rows(
-            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)

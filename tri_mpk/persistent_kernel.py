@@ -396,11 +396,11 @@ class PersistentKernel:
                 raise NotImplementedError(f"{dynamic[0].label} is dynamic; a kernel with time stamps is static so far")
             # a ring brings weights in an order that is known beforehand
             has_order = not any(t in streamed for call in dynamic for t in call.tensors.values())
+            tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
             constants = kernel_constants(
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
-                self.profile, bool(dynamic),
+                self.profile, bool(dynamic), tuning.deferred_slots,
             )  # fmt: skip
-            tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
             self.program = plan(self.calls, self.tensors, tuning, constants)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug

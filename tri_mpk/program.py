@@ -68,12 +68,13 @@ def kernel_constants(
     has_bulk_copies: bool,
     profile: bool = False,
     pools: bool = False,
+    deferred_slots: int = 0,
 ) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile, pools)
+    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile, pools, deferred_slots if ring else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class SharedMemoryPlan:
 
     @classmethod
     def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:
-        """As many slots as fit under `limit`. Raises DeviceError when not even three do."""
+        """As many slots as fit under `limit`. Raises DeviceError when not even three and those that wait do."""
         streams = [task.stream for task in program.graph.tasks if task.stream]
         if not program.constants.ring or not streams:
             base = -(-compiler_bytes // 128) * 128
@@ -99,10 +100,11 @@ class SharedMemoryPlan:
         base = -(-(compiler_bytes + num_streams * STREAM_BYTES.value) // 128) * 128
         fixed = base + RING_OFFSET.value
         slots = min((limit - fixed) // slot, MAX_SLOTS.value)
-        if slots < 3:
+        needed = 3 + program.constants.deferred_slots
+        if slots < needed:
             raise DeviceError(
                 f"{limit} bytes of shared memory hold {max(slots, 0)} slots of {slot} bytes beside {fixed} others, but"
-                " the weight ring needs three; this model's rows are too long for this GPU"
+                f" the weight ring needs {needed}; this model's rows are too long for this GPU"
             )
         return cls(base, slots, slot, fixed + slots * slot)
 

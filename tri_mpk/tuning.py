@@ -34,6 +34,7 @@ class Tuning:
     block_kv: int  # tokens of the KV cache that attention loads at once
     num_splits: int  # parts of the KV length per KV head, at most
     split_tokens: int  # of a part at least, while there are fewer parts than that
+    deferred_slots: int = 0  # of the weight ring, that a task leaves for the next one to refill
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,6 +51,8 @@ class Tuning:
             value = getattr(self, name)
             if not least <= value <= most or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two from {least} to {most}")
+        if self.deferred_slots < 0:
+            raise ValueError(f"deferred_slots={self.deferred_slots} must be at least 0")
         if self.split_tokens < self.block_kv:  # a split without a block would be a part of nothing
             raise ValueError(f"split_tokens={self.split_tokens} must be at least block_kv={self.block_kv}")
 
