@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.scheduler.device import (
     CONTROL_EOS,
     CONTROL_LAST_EPOCH,
@@ -58,9 +58,10 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 def argmax_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
-    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.arange(0, BLOCK)
+    # As many as a warp has lanes: a reduction over more warps holds a register throughout the kernel (ops/warps.py).
+    parts = tl.arange(0, 32)
     eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
@@ -68,8 +69,14 @@ def argmax_tile(
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
-    index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
+    value = tl.full([32], float("-inf"), tl.float32)
+    index = tl.full([32], 0x7FFFFFFF, tl.int32)
+    for first in tl.static_range(0, NUM_PARTS, 32):
+        mask = first + parts < NUM_PARTS
+        next_value = tl.load(best_value_ptr + first + parts, mask=mask, other=float("-inf"))
+        next_index = tl.load(best_index_ptr + first + parts, mask=mask, other=0x7FFFFFFF)
+        index = tl.where((next_value > value) | ((next_value == value) & (next_index < index)), next_index, index)
+        value = tl.maximum(value, next_value)
     best = tl.max(value, axis=0)
     token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
     stop = (step >= last_step) | stop_asked
@@ -96,7 +103,7 @@ def cut_argmax(
     tensors = {"best_value_ptr": best_value, "best_index_ptr": best_index, "tokens_ptr": tokens}
     num_parts = best_value.numel
     return Cut(
-        {"NUM_PARTS": num_parts, "BLOCK": next_power_of_2(num_parts)},
+        {"NUM_PARTS": num_parts},
         tensors,
         [
             Task(

@@ -21,9 +21,9 @@ that a thread holds its part of the activations in registers for the whole task,
 
 Warps leave their sums in shared memory; after one barrier they are added up, row by row, in the order of the columns.
 
-Without RING (the interpreter, GPUs without bulk copies, weights that are not 16 bits wide or not aligned to 16 bytes)
-the same functions load [BLOCK_N, BLOCK_K] tiles directly: right on any machine, and the definition of what the ring
-does.
+RING is the size of a slot in bytes. Without a ring (the interpreter, GPUs without bulk copies, weights that are not 16
+bits wide or not aligned to 16 bytes) the same functions load [BLOCK_N, BLOCK_K] tiles directly: right on any machine,
+and the definition of what the ring does.
 """
 
 import triton
@@ -43,7 +43,6 @@ from tri_mpk.ops.warps import (
     write_lane_sums,
 )
 from tri_mpk.scheduler.device import (
-    CONTROL_RING_SLOT_BYTES,
     CONTROL_RING_SLOTS,
     TASK_STREAM,
     TASK_STREAM_INDEX,
@@ -96,7 +95,6 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
     """Notes which weights this worker reads, in order, and requests the first of them."""
     if RING:
         slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
-        capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
         num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
         for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
             task = first + tl.arange(0, WARPS * LANES)
@@ -146,19 +144,19 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         if num_streams > 0:
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                cursor = request_rows(smem, slot, 1, capacity, cursor)
+                cursor = request_rows(smem, slot, 1, cursor, RING)
             num_empty = zero + 1
         else:
             slots = zero  # nothing is on its way, and nothing ever will be
             num_empty = zero
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
-        return (smem, slots, capacity, zero, zero, num_empty, cursor)
+        return (smem, slots, zero, zero, num_empty, cursor)
     else:
         return 0
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, cursor):
+def request_rows(smem, slot, phase, cursor, RING: tl.constexpr):
     """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
     stream, addr, left, second, slot_bytes = cursor
     tl.inline_asm_elementwise(
@@ -178,7 +176,7 @@ def request_rows(smem, slot, phase, capacity, cursor):
             slot * LANES,
             smem + BARRIERS_OFFSET + slot * 8,
             phase,
-            smem + RING_OFFSET + slot * capacity,
+            smem + RING_OFFSET + slot * RING,
             addr,
             tl.minimum(left, slot_bytes),
             thread_index(),
@@ -217,22 +215,22 @@ def await_slot(smem, slot, phase):
 
 
 @triton.jit
-def request_next(ring):
+def request_next(ring, RING: tl.constexpr):
     """Asks for the next rows, in the slot that has been empty longest."""
-    smem, slots, capacity, slot, phase, num_empty, cursor = ring
+    smem, slots, slot, phase, num_empty, cursor = ring
     oldest = slot - num_empty
     oldest_phase = phase
     if oldest < 0:
         oldest += slots
         oldest_phase = phase ^ 1
-    cursor = request_rows(smem, oldest, oldest_phase, capacity, cursor)
-    return (smem, slots, capacity, slot, phase, num_empty - 1, cursor)
+    cursor = request_rows(smem, oldest, oldest_phase, cursor, RING)
+    return (smem, slots, slot, phase, num_empty - 1, cursor)
 
 
 @triton.jit
-def release_slot(ring, DEFERRED: tl.constexpr):
+def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """This warp has read the current slot. The ring moves on, and an older slot is refilled."""
-    smem, slots, capacity, slot, phase, num_empty, cursor = ring
+    smem, slots, slot, phase, num_empty, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -251,9 +249,9 @@ def release_slot(ring, DEFERRED: tl.constexpr):
     if slot == slots:
         slot = slots * 0
         phase ^= 1
-    ring = (smem, slots, capacity, slot, phase, num_empty + 1, cursor)
+    ring = (smem, slots, slot, phase, num_empty + 1, cursor)
     if num_empty > DEFERRED:  # the slot just read is left for the next time: not all warps may have read it
-        ring = request_next(ring)
+        ring = request_next(ring, RING)
     return ring
 
 
@@ -261,8 +259,8 @@ def release_slot(ring, DEFERRED: tl.constexpr):
 def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """Asks for the rows that were put off."""
     if RING and DEFERRED > 0:
-        for _ in tl.range(1, ring[5], num_stages=1):
-            ring = request_next(ring)
+        for _ in tl.range(1, ring[4], num_stages=1):
+            ring = request_next(ring, RING)
     return ring
 
 
@@ -270,15 +268,15 @@ def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem, slots, capacity, slot, phase, num_empty, cursor = ring
+        smem, slots, slot, phase, num_empty, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
         reach = slots - num_empty
         if num_slots > reach:  # the cursor has not left them
             cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
-            ring = (smem, slots, capacity, slot, phase, num_empty, cursor)
+            ring = (smem, slots, slot, phase, num_empty, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(smem, ring[3], ring[4])
-            ring = release_slot(ring, DEFERRED)
+            await_slot(smem, ring[2], ring[3])
+            ring = release_slot(ring, RING, DEFERRED)
     return ring
 
 
@@ -286,7 +284,7 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFER
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, slot, phase, num_empty, cursor = ring
+        smem, slots, slot, phase, num_empty, cursor = ring
         for _ in tl.range(0, slots - num_empty, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
@@ -351,14 +349,14 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[3], ring[4])
-            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
+            await_slot(ring[0], ring[2], ring[3])
+            address = ring[0] + RING_OFFSET + ring[2] * RING + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring, DEFERRED)
+            ring = release_slot(ring, RING, DEFERRED)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)
@@ -417,7 +415,9 @@ def dot_rows(
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
-    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    ring = stream_rows(
+        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT
+    )
     end_rows(RING)
     return ring, row_sums(
         ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K

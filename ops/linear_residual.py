@@ -41,7 +41,21 @@ def linear_residual_tile(
         if HAS_BIAS:
             base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         ring, y = dot_rows(
-            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            x_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            K,
+            False,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.gemv import (
+    SUMS_BYTES,
+    SUMS_OFFSET,
     block_rows,
     dot_rows,
     inverse_rms,
@@ -25,8 +27,32 @@ from tri_mpk.ops.gemv import (
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
+from tri_mpk.ops.warps import read_float, write_float
 from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
 from tri_mpk.scheduler.graph import Address, Task
+
+
+@triton.jit
+def best_of_block(ring, best, best_row, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+    """The largest values and their rows, the lowest of equal ones, as many as a warp has lanes: see ops/warps.py."""
+    if RING:
+        rows = tl.arange(0, BLOCK_N)
+        lanes = tl.arange(0, 32)
+        values_at = ring[0] + SUMS_OFFSET + SUMS_BYTES
+        rows_at = values_at + BLOCK_N * 4
+        write_float(values_at + rows * 4, best)
+        write_float(rows_at + rows * 4, best_row.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
+        value = tl.full([32], float("-inf"), tl.float32)
+        row = tl.full([32], 0x7FFFFFFF, tl.int32)
+        for first in tl.static_range(0, BLOCK_N, 32):
+            next_value = read_float(values_at + (first + lanes) * 4)
+            next_row = read_float(rows_at + (first + lanes) * 4).to(tl.int32, bitcast=True)
+            row = tl.where((next_value > value) | ((next_value == value) & (next_row < row)), next_row, row)
+            value = tl.maximum(value, next_value)
+        return value, row
+    else:
+        return best, best_row
 
 
 @triton.jit
@@ -53,7 +79,21 @@ def lm_head_tile(
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
         ring, y = dot_rows(
-            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            gain_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            D,
+            True,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         row = block * BLOCK_N + rows
@@ -61,6 +101,7 @@ def lm_head_tile(
         better = (row < num_rows) & (y > best)
         best_row = tl.where(better, row, best_row)
         best = tl.where(better, y, best)
+    best, best_row = best_of_block(ring, best, best_row, BLOCK_N, RING)
     value = tl.max(best, axis=0)
     tl.store(best_value_ptr + part, value)
     tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))

@@ -42,7 +42,21 @@ def rmsnorm_linear_tile(
     ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
-            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            gain_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            D,
+            True,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         row = block * BLOCK_N + rows

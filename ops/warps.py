@@ -3,6 +3,9 @@
 A tensor [WARPS, LANES] has one element per thread of the block, that of row w and column l on lane l of warp w.
 Shuffles and matrix instructions rely on it. It holds as long as no tl.load reads such a tensor: the compiler might
 choose another order of threads for it (tests/test_aot.py looks). A parameter `wanted` is int32, 0 or 1 per thread.
+
+Reductions are within a warp or through shared memory here. Triton's own, over several warps, loads under a predicate a
+register that nothing has set before, which ptxas therefore keeps through the whole loop over tasks.
 """
 
 import triton

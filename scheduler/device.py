@@ -38,7 +38,6 @@ CONTROL_LAST_EPOCH = tl.constexpr(13)
 CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is ours, not the compiler's
 CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
-CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
 CONTROL_RECORDED_STEPS = tl.constexpr(60)  # a profiled kernel keeps records of so many steps, the last ones
 CONTROL_STEP_RECORDS = tl.constexpr(61)  # records of one step: see timing.py

@@ -38,7 +38,11 @@ TASK_CLOCK = tl.constexpr(31)  # address of the interpreter's clock
 
 @triton.jit
 def read_clock(clock_ptr, PORTABLE: tl.constexpr):
-    """The time, in the thread that takes stamps; 0 in the others."""
+    """The time when all threads have come here, in the thread that takes stamps; 0 in the others.
+
+    A warp goes on for some instructions behind a barrier before it stops there, and reads a clock that follows. The
+    barrier before this one is over by then.
+    """
     if PORTABLE:
         return tl.atomic_add(clock_ptr, 1, sem="relaxed", scope="gpu")
     else:
@@ -46,7 +50,7 @@ def read_clock(clock_ptr, PORTABLE: tl.constexpr):
             """{
             .reg .pred p; .reg .u32 tid, last;
             mov.u32 tid, %tid.x; mov.u32 last, %ntid.x; sub.u32 last, last, 32; setp.eq.u32 p, tid, last;
-            mov.u64 $0, 0; @p mov.u64 $0, %globaltimer;
+            bar.sync 0; mov.u64 $0, 0; @p mov.u64 $0, %globaltimer;
             }""",
             "=l",
             [],

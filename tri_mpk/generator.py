@@ -65,6 +65,7 @@ class KernelConstants:
     portable: bool  # Triton atomics instead of PTX: what the interpreter runs
     profile: bool = False  # tasks leave time stamps: see scheduler/timing.py
     pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
+    slot_bytes: int = 0  # of a ring
     deferred_slots: int = 0  # of a ring that a task leaves to the next one
 
 
@@ -104,7 +105,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         "",
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
-        f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
+        f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: weights by plain loads",
         f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",

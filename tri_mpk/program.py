@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,7 +74,9 @@ def kernel_constants(
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    return KernelConstants(weight_dtype, ring, block_n, block_k, portable, profile, pools, deferred_slots if ring else 0)
+    return KernelConstants(
+        weight_dtype, ring, block_n, block_k, portable, profile, pools, 0, deferred_slots if ring else 0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,7 @@ class SharedMemoryPlan:
         if not program.constants.ring or not streams:
             base = -(-compiler_bytes // 128) * 128
             return cls(base, 0, 0, base + SHARED_BYTES.value)
-        slot = max(2 * stream.slot_rows * stream.cols for stream in streams)
-        slot = -(-slot // 128) * 128
+        slot = program.constants.slot_bytes
         queues = program.schedule.static_queues()
         num_streams = max(sum(program.graph.tasks[t].stream is not None for t in queue) for queue in queues)
         base = -(-(compiler_bytes + num_streams * STREAM_BYTES.value) // 128) * 128
@@ -146,6 +147,9 @@ def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, 
     queues = schedule(graph, events, tuning.num_workers, dynamic)
     report = verify(graph, events, queues)
     counters = CounterLayout(events, queues)
+    if constants.ring:
+        rows = max((2 * task.stream.slot_rows * task.stream.cols for task in graph.tasks if task.stream), default=1)
+        constants = replace(constants, slot_bytes=-(-rows // 128) * 128)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
     return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds)

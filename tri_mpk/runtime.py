@@ -116,7 +116,6 @@ class Runtime:
         if self.shared_memory is not None:
             control[words.CONTROL_SHARED_BASE.value] = self.shared_memory.base
             control[words.CONTROL_RING_SLOTS.value] = self.shared_memory.ring_slots
-            control[words.CONTROL_RING_SLOT_BYTES.value] = self.shared_memory.slot_bytes
         if self.program.constants.profile:
             control[words.CONTROL_RECORDED_STEPS.value] = RECORDED_STEPS
             control[words.CONTROL_STEP_RECORDS.value] = self.step_records

@@ -7,7 +7,7 @@ variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, HAS_B
 variant 4: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
 variant 5: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
 variant 6: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
-variant 7: argmax(NUM_PARTS=132, BLOCK=256)
+variant 7: argmax(NUM_PARTS=132)
 """
 
 import triton
@@ -15,7 +15,8 @@ import triton.language as tl
 
 TASK_WORDS = tl.constexpr(24)  # int64 words of a task descriptor
 PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
-RING = tl.constexpr(True)  # weights come through rings in shared memory, not by plain loads
+RING = tl.constexpr(24576)  # bytes of a slot of the weight rings; 0: weights by plain loads
+DEFERRED = tl.constexpr(0)  # slots of a ring that a task leaves to the next one
 BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
 MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that looks
@@ -26,6 +27,7 @@ STATE_BYTES = tl.constexpr(16384)
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
 SUMS_OFFSET = tl.constexpr(1024)
+SUMS_BYTES = tl.constexpr(8192)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
 WARPS = tl.constexpr(16)
@@ -53,7 +55,6 @@ CONTROL_LAST_EPOCH = tl.constexpr(13)
 CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is ours, not the compiler's
 CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
-CONTROL_RING_SLOT_BYTES = tl.constexpr(48)
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
 DESCRIPTOR_BYTES = tl.constexpr(256)
 
@@ -305,30 +306,6 @@ def scale_segment(ring, x, gain, RING: tl.constexpr):
         return ()
 
 
-@triton.jit
-def end_rows(RING: tl.constexpr):
-    """Between `stream_rows` and `row_sums`, and between `row_sums` and the next `stream_rows`."""
-    if RING:
-        tl.debug_barrier()
-
-
-@triton.jit
-def await_slot(smem, slot, phase):
-    """Until the slot is full."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra POLL;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r",
-        [smem + BARRIERS_OFFSET + slot * 8, phase],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 # ---- ops/warps.py ----
 
 
@@ -368,7 +345,7 @@ def read_stream(smem, stream):
 
 
 @triton.jit
-def request_rows(smem, slot, phase, capacity, cursor):
+def request_rows(smem, slot, phase, cursor, RING: tl.constexpr):
     """Copies the rows at the cursor into a slot, once all warps have read it, and moves the cursor on."""
     stream, addr, left, second, slot_bytes = cursor
     tl.inline_asm_elementwise(
@@ -388,7 +365,7 @@ def request_rows(smem, slot, phase, capacity, cursor):
             slot * LANES,
             smem + BARRIERS_OFFSET + slot * 8,
             phase,
-            smem + RING_OFFSET + slot * capacity,
+            smem + RING_OFFSET + slot * RING,
             addr,
             tl.minimum(left, slot_bytes),
             thread_index(),
@@ -410,9 +387,55 @@ def request_rows(smem, slot, phase, capacity, cursor):
 
 
 @triton.jit
-def release_slot(ring):
-    """This warp has read the current slot. The ring moves on, and the slot read before it is refilled."""
-    smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+def request_next(ring, RING: tl.constexpr):
+    """Asks for the next rows, in the slot that has been empty longest."""
+    smem, slots, slot, phase, num_empty, cursor = ring
+    oldest = slot - num_empty
+    oldest_phase = phase
+    if oldest < 0:
+        oldest += slots
+        oldest_phase = phase ^ 1
+    cursor = request_rows(smem, oldest, oldest_phase, cursor, RING)
+    return (smem, slots, slot, phase, num_empty - 1, cursor)
+
+
+@triton.jit
+def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
+    """Asks for the rows that were put off."""
+    if RING and DEFERRED > 0:
+        for _ in tl.range(1, ring[4], num_stages=1):
+            ring = request_next(ring, RING)
+    return ring
+
+
+@triton.jit
+def end_rows(RING: tl.constexpr):
+    """Between `stream_rows` and `row_sums`, and between `row_sums` and the next `stream_rows`."""
+    if RING:
+        tl.debug_barrier()
+
+
+@triton.jit
+def await_slot(smem, slot, phase):
+    """Until the slot is full."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra POLL;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [smem + BARRIERS_OFFSET + slot * 8, phase],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
+    """This warp has read the current slot. The ring moves on, and an older slot is refilled."""
+    smem, slots, slot, phase, num_empty, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -427,13 +450,14 @@ def release_slot(ring):
         is_pure=False,
         pack=1,
     )
-    cursor = request_rows(smem, last, last_phase, capacity, cursor)
-    next_slot = slot + 1
-    next_phase = phase
-    if next_slot == slots:
-        next_slot = slots * 0
-        next_phase = phase ^ 1
-    return (smem, slots, capacity, next_slot, next_phase, slot, phase, cursor)
+    slot += 1
+    if slot == slots:
+        slot = slots * 0
+        phase ^= 1
+    ring = (smem, slots, slot, phase, num_empty + 1, cursor)
+    if num_empty > DEFERRED:  # the slot just read is left for the next time: not all warps may have read it
+        ring = request_next(ring, RING)
+    return ring
 
 
 # ---- ops/warps.py ----
@@ -482,7 +506,7 @@ def read_words(address, wanted):
 
 
 @triton.jit
-def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
+def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
         SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
@@ -493,14 +517,14 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         offset = (row * K + segment * COLS + first) * 2
         sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[3], ring[4])
-            address = ring[0] + RING_OFFSET + ring[3] * ring[2] + offset
+            await_slot(ring[0], ring[2], ring[3])
+            address = ring[0] + RING_OFFSET + ring[2] * RING + offset
             words = ()
             for r in tl.static_range(WARP_ROWS):
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring)
+            ring = release_slot(ring, RING, DEFERRED)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)
@@ -561,11 +585,13 @@ def row_sums(
 def dot_rows(
     ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows,
     K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
-    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(
+        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT
+    )
     end_rows(RING)
     return ring, row_sums(
         ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
@@ -602,15 +628,30 @@ def rmsnorm_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
-            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            gain_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            D,
+            True,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         row = block * BLOCK_N + rows
@@ -1310,12 +1351,13 @@ def attention_output_tile(
     row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
+    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         y = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
@@ -1324,7 +1366,7 @@ def attention_output_tile(
         if RING:
             ring, product = dot_rows(
                 ring, x, lse_ptr, lse_ptr, weight_addr, block, num_rows,
-                K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K,
+                K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             first = tl.cast(block, tl.int64) * BLOCK_N
@@ -1351,14 +1393,15 @@ def rmsnorm_gated_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
-    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = refill(ring, RING, DEFERRED)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
     end_rows(RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
         gate = row_sums(
@@ -1385,40 +1428,81 @@ def linear_residual_tile(
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
+    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
         if HAS_BIAS:
             base += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         ring, y = dot_rows(
-            ring, x, x_ptr, x_ptr, weight_addr, block, num_rows, K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            x_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            K,
+            False,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         tl.store(y_ptr + row0 + row, base + y, mask=row < num_rows)
     signal(task, event_ptr, PORTABLE)
     return ring
 
 
+# ---- ops/lm_head.py ----
+
+
+@triton.jit
+def best_of_block(ring, best, best_row, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+    """The largest values and their rows, the lowest of equal ones, as many as a warp has lanes: see ops/warps.py."""
+    if RING:
+        rows = tl.arange(0, BLOCK_N)
+        lanes = tl.arange(0, 32)
+        values_at = ring[0] + SUMS_OFFSET + SUMS_BYTES
+        rows_at = values_at + BLOCK_N * 4
+        write_float(values_at + rows * 4, best)
+        write_float(rows_at + rows * 4, best_row.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
+        value = tl.full([32], float("-inf"), tl.float32)
+        row = tl.full([32], 0x7FFFFFFF, tl.int32)
+        for first in tl.static_range(0, BLOCK_N, 32):
+            next_value = read_float(values_at + (first + lanes) * 4)
+            next_row = read_float(rows_at + (first + lanes) * 4).to(tl.int32, bitcast=True)
+            row = tl.where((next_value > value) | ((next_value == value) & (next_row < row)), next_row, row)
+            value = tl.maximum(value, next_value)
+        return value, row
+    else:
+        return best, best_row
+
+
 # ---- ops/gemv.py ----
 
 
 @triton.jit
-def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
+        smem, slots, slot, phase, num_empty, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = slots - 1
+        reach = slots - num_empty
         if num_slots > reach:  # the cursor has not left them
             cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
-            ring = (smem, slots, capacity, slot, phase, last, last_phase, cursor)
+            ring = (smem, slots, slot, phase, num_empty, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
-            await_slot(smem, ring[3], ring[4])
-            ring = release_slot(ring)
+            await_slot(smem, ring[2], ring[3])
+            ring = release_slot(ring, RING, DEFERRED)
     return ring
 
 
@@ -1432,7 +1516,7 @@ def lm_head_tile(
     part, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -1442,13 +1526,28 @@ def lm_head_tile(
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    ring = refill(ring, RING, DEFERRED)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
-        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING, DEFERRED)
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
         ring, y = dot_rows(
-            ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows, D, True, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
+            ring,
+            x,
+            x_ptr,
+            gain_ptr,
+            weight_addr,
+            block,
+            num_rows,
+            D,
+            True,
+            SLOT_ROWS,
+            RING,
+            DEFERRED,
+            WEIGHT,
+            BLOCK_N,
+            BLOCK_K,
         )
         y *= inverse_rms(ring, x_ptr, D, EPS, SLOT_ROWS, RING, BLOCK_K)
         row = block * BLOCK_N + rows
@@ -1456,6 +1555,7 @@ def lm_head_tile(
         better = (row < num_rows) & (y > best)
         best_row = tl.where(better, row, best_row)
         best = tl.where(better, y, best)
+    best, best_row = best_of_block(ring, best, best_row, BLOCK_N, RING)
     value = tl.max(best, axis=0)
     tl.store(best_value_ptr + part, value)
     tl.store(best_index_ptr + part, row0 + tl.min(tl.where(best == value, best_row, 0x7FFFFFFF), axis=0))
@@ -1492,9 +1592,10 @@ def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
 def argmax_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
-    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.arange(0, BLOCK)
+    # As many as a warp has lanes: a reduction over more warps holds a register throughout the kernel (ops/warps.py).
+    parts = tl.arange(0, 32)
     eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
@@ -1502,8 +1603,14 @@ def argmax_tile(
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
-    index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
+    value = tl.full([32], float("-inf"), tl.float32)
+    index = tl.full([32], 0x7FFFFFFF, tl.int32)
+    for first in tl.static_range(0, NUM_PARTS, 32):
+        mask = first + parts < NUM_PARTS
+        next_value = tl.load(best_value_ptr + first + parts, mask=mask, other=float("-inf"))
+        next_index = tl.load(best_index_ptr + first + parts, mask=mask, other=0x7FFFFFFF)
+        index = tl.where((next_value > value) | ((next_value == value) & (next_index < index)), next_index, index)
+        value = tl.maximum(value, next_value)
     best = tl.max(value, axis=0)
     token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
     stop = (step >= last_step) | stop_asked
@@ -1525,7 +1632,6 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
     """Notes which weights this worker reads, in order, and requests the first of them."""
     if RING:
         slots = tl.load(control_ptr + CONTROL_RING_SLOTS).to(tl.int32)
-        capacity = tl.load(control_ptr + CONTROL_RING_SLOT_BYTES).to(tl.int32)
         num_streams = (tl.load(queue_ptr + TASK_STREAM_INDEX) >> 32).to(tl.int32)
         for first in tl.range(0, num_tasks, WARPS * LANES, num_stages=1):
             task = first + tl.arange(0, WARPS * LANES)
@@ -1575,11 +1681,13 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
         if num_streams > 0:
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
-                cursor = request_rows(smem, slot, 1, capacity, cursor)
+                cursor = request_rows(smem, slot, 1, cursor, RING)
+            num_empty = zero + 1
         else:
-            slots = zero + 1  # nothing is on its way, and nothing ever will be
+            slots = zero  # nothing is on its way, and nothing ever will be
+            num_empty = zero
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
-        return (smem, slots, capacity, zero, zero, slots - 1, zero + 1, cursor)
+        return (smem, slots, zero, zero, num_empty, cursor)
     else:
         return 0
 
@@ -1588,8 +1696,8 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, capacity, slot, phase, last, last_phase, cursor = ring
-        for _ in tl.range(0, slots - 1, num_stages=1):
+        smem, slots, slot, phase, num_empty, cursor = ring
+        for _ in tl.range(0, slots - num_empty, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
             if slot == slots:
@@ -1729,6 +1837,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_N=512,
                     PORTABLE=PORTABLE,
                     RING=RING,
+                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1792,6 +1901,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_N=512,
                     PORTABLE=PORTABLE,
                     RING=RING,
+                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1815,6 +1925,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_N=256,
                     PORTABLE=PORTABLE,
                     RING=RING,
+                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1838,6 +1949,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_N=512,
                     PORTABLE=PORTABLE,
                     RING=RING,
+                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1864,6 +1976,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     BLOCK_N=512,
                     PORTABLE=PORTABLE,
                     RING=RING,
+                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1880,7 +1993,6 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     best_index_ptr=pointer_field(task, 11, tl.int32, PORTABLE),
                     tokens_ptr=pointer_field(task, 12, tl.int64, PORTABLE),
                     NUM_PARTS=132,
-                    BLOCK=256,
                     PORTABLE=PORTABLE,
                 )
             elif variant == -1:  # a worker without tasks
