@@ -50,6 +50,22 @@ SHARED_BYTES = tl.constexpr(512)
 
 
 @triton.jit
+def worker_index(first_worker, PORTABLE: tl.constexpr):
+    """Which worker this program is. Read again where it is needed: it is not worth a register in between."""
+    if PORTABLE:
+        return tl.program_id(0) + first_worker
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u32 x; mov.u32 x, %ctaid.x; add.u32 $0, x, $1; }",
+            "=r,r",
+            [first_worker],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def shared_memory(control_ptr, PORTABLE: tl.constexpr):
     """Address of our part of shared memory, which lies behind the compiler's."""
     if PORTABLE:

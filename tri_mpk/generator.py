@@ -35,7 +35,7 @@ TRITON_DTYPES = {
 TASK_FIELDS = device.TASK_FIELDS.value
 # device functions that the worker loop itself calls
 USED = (
-    "shared_memory", "fetch_task", "await_fetch", "task_address", "wait_counter", "signal",
+    "worker_index", "shared_memory", "fetch_task", "await_fetch", "task_address", "wait_counter", "signal",
     "pointer_field", "int_field",
 )  # fmt: skip
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
@@ -105,7 +105,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         "",
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
-        f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: weights by plain loads",
+        f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: plain loads",
         f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",
@@ -129,7 +129,7 @@ WORKER_LOOP = '''\
 @triton.jit
 def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
     """Worker w runs tasks queue_start[w] to queue_start[w + 1] of the queue once per epoch, until told to stop."""
-    worker = tl.program_id(0) + first_worker
+    worker = worker_index(first_worker, PORTABLE)
     first_task = tl.load(queue_start_ptr + worker).to(tl.int64)
     num_tasks = tl.load(queue_start_ptr + worker + 1) - first_task.to(tl.int32)
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
@@ -187,7 +187,7 @@ WITHOUT_TASKS = "variant == -1:  # a worker", "variant < 0:  # a pool with no ta
 STEP_END = """\
         # the step event
         step_waits = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)  # profile
-        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
+        wait_counter(event_ptr, epoch * step_count, -1 - worker_index(first_worker, PORTABLE), control_ptr, PORTABLE)
         end_step(control_ptr, record + num_tasks + 1, step_waits, PORTABLE)  # profile
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1

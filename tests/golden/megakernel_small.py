@@ -15,7 +15,7 @@ import triton.language as tl
 
 TASK_WORDS = tl.constexpr(24)  # int64 words of a task descriptor
 PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
-RING = tl.constexpr(24576)  # bytes of a slot of the weight rings; 0: weights by plain loads
+RING = tl.constexpr(24576)  # bytes of a slot of the weight rings; 0: plain loads
 DEFERRED = tl.constexpr(0)  # slots of a ring that a task leaves to the next one
 BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
@@ -1709,6 +1709,22 @@ def drain_ring(ring, RING: tl.constexpr):
 
 
 @triton.jit
+def worker_index(first_worker, PORTABLE: tl.constexpr):
+    """Which worker this program is. Read again where it is needed: it is not worth a register in between."""
+    if PORTABLE:
+        return tl.program_id(0) + first_worker
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u32 x; mov.u32 x, %ctaid.x; add.u32 $0, x, $1; }",
+            "=r,r",
+            [first_worker],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def shared_memory(control_ptr, PORTABLE: tl.constexpr):
     """Address of our part of shared memory, which lies behind the compiler's."""
     if PORTABLE:
@@ -1778,7 +1794,7 @@ def pointer_field(task, word, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
 @triton.jit
 def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
     """Worker w runs tasks queue_start[w] to queue_start[w + 1] of the queue once per epoch, until told to stop."""
-    worker = tl.program_id(0) + first_worker
+    worker = worker_index(first_worker, PORTABLE)
     first_task = tl.load(queue_start_ptr + worker).to(tl.int64)
     num_tasks = tl.load(queue_start_ptr + worker + 1) - first_task.to(tl.int32)
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
@@ -2000,7 +2016,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
             else:  # a damaged queue: whoever waits for this task ends the launch
                 await_fetch(smem, PORTABLE)
         # the step event
-        wait_counter(event_ptr, epoch * step_count, -1 - worker, control_ptr, PORTABLE)
+        wait_counter(event_ptr, epoch * step_count, -1 - worker_index(first_worker, PORTABLE), control_ptr, PORTABLE)
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1
         step += 1
