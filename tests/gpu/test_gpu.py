@@ -202,8 +202,8 @@ def test_the_weight_ring_and_plain_loads_stand_for_each_other(small):
     """They sum up in different orders, so that some activations round the other way."""
     plain = plain_model()
     small.compile()
-    assert "RING = tl.constexpr(True)" in small.kernel.program.source
-    assert "RING = tl.constexpr(False)" in plain.kernel.program.source
+    assert small.kernel.program.constants.slot_bytes > 0
+    assert "RING = tl.constexpr(0)" in plain.kernel.program.source
     input_ids = tokens(200)
     ring_logits, plain_logits = small(input_ids).logits, plain(input_ids).logits
     assert distances(ring_logits, plain_logits[0])[0] < 0.02
