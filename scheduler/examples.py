@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from .events import derive_events
+from .events import derive_events, event_tensors
 from .graph import STEP_EVENT, Box, Event, Events, Region, Task, TaskGraph, TensorInfo
 
 HEADS = 8
@@ -80,7 +80,10 @@ def butterfly_events(graph: TaskGraph, log2_width: int) -> Events:
                 wait[task] = len(events)
             events.append(Event(producers, consumers, 2))
     num_fused = len(events) - 1
-    return Events(events, wait, signals, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0)
+    tensors = event_tensors(graph, events)
+    return Events(
+        events, wait, signals, tensors=tensors, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0
+    )
 
 
 def large_graphs(num_tasks: int) -> Iterator[tuple[str, TaskGraph, Events]]:

@@ -25,13 +25,15 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     works with any derived events.
 
     Of the ops in `dynamic`, workers run the tasks as these become ready. Ops that follow each other share a pool. A
-    task that waits for nothing has no event to become ready by, and stays in a queue.
+    task that waits for nothing has no event to become ready by, and stays in a queue, as one does that waits by a value.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not supported; choose at least 1")
     tasks_of_op: dict[int, list[int]] = defaultdict(list)
+    by_value = {use.event for uses in events.signal_if.values() for use in uses}
     for index, task in enumerate(graph.tasks):
-        if task.op not in dynamic or events.wait[index] < 0:
+        event = events.wait[index]
+        if task.op not in dynamic or event < 0 or event in by_value or index in events.wait_if:
             tasks_of_op[task.op].append(index)
     queues: list[list[int]] = [[] for _ in range(num_workers)]
     total = [0] * num_workers
