@@ -36,7 +36,7 @@ from .graph import (
     Region,
     TaskGraph,
 )
-from .guards import Conditional, GuardedHistory, announcers, by_number, guarded_tensors, resolve
+from .guards import Conditional, GuardedHistory, WaitsSoFar, announcers, by_number, guarded_tensors, resolve
 
 
 class TooManySignals(ValueError):
@@ -86,7 +86,9 @@ def _derive(draft: Draft) -> None:
     guarded, announced = guarded_tensors(graph), announcers(graph)
     histories: dict[str, AccessHistory] = defaultdict(AccessHistory)
     guarded_histories: dict[str, GuardedHistory] = defaultdict(GuardedHistory)
+    so_far = WaitsSoFar()
     ancestors_of: dict[int, int] = {}  # equal sets share one object
+    before_each: list[int] = []  # per task, if there are values
     for index, task in enumerate(graph.tasks):
         reads = [r for r in task.reads if r.tensor in written and not is_empty(r.box)]
         writes = [r for r in task.writes if not is_empty(r.box)]
@@ -105,15 +107,23 @@ def _derive(draft: Draft) -> None:
             overwritten.append(entries)
             needed |= direct
             implied |= beyond
-        conditional: list[Conditional] = []
+        conditional = []
         for region, is_write in by_value:
             direct, beyond, some = guarded_histories[region.tensor].before(region, is_write)
             needed |= direct
             implied |= beyond
             conditional += some
         if conditional:
-            needed |= _by_value(draft, index, [c for c in conditional if not (needed | implied) >> c[0] & 1], announced)
+            before = needed | implied
+            rest = [(t, g) for t, g, own in conditional if not (before >> t & 1 or so_far.imply(t, (g, own), before))]
+            needed |= _by_value(draft, index, rest, announced, so_far)
+            for producer, guard in draft.signalled.get(index, ()):  # whoever signals comes after who announces
+                announcer = announced[guard.value]
+                if before_each[producer] >> announcer & 1:
+                    implied |= before_each[announcer] | 1 << announcer
         ancestors = ancestors_of.setdefault(needed & ~implied, needed | implied)
+        if guarded:
+            before_each.append(ancestors)
         for region, entries in zip(writes, overwritten, strict=True):
             histories[region.tensor].record_write(region.box, entries, index, ancestors)
         for region in reads:
@@ -125,9 +135,12 @@ def _derive(draft: Draft) -> None:
         draft.implied.append(implied)
 
 
-def _by_value(draft: Draft, task: int, conditional: list[Conditional], announced: dict[str, int]) -> int:
+def _by_value(
+    draft: Draft, task: int, conditional: list[Conditional], announced: dict[str, int], so_far: WaitsSoFar
+) -> int:
     """Notes how a task waits for what it needs in some steps; returns what it waits for in all of them instead."""
     found = resolve(draft.graph, task, conditional, announced)
+    so_far.add(task, found)
     if found.signals:
         draft.signalled[task] = found.signals
     if waits := [wait for pairs in found.waits.values() for wait in by_number(pairs)]:

@@ -12,44 +12,57 @@ from .graph import Box, Guard, Region, Task, TaskGraph
 Conditional = tuple[int, Guard]  # a task to wait for in steps in which the guard holds
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Access:
     task: int
-    box: Box
-    is_write: bool
     guard: Guard | None
     ancestors: int  # bit set of the tasks that are done before `task` in every step
 
 
 class GuardedHistory:
-    """What `AccessHistory` is for other tensors: the open accesses in program order. One by one: such tensors are few
-    and small. Only an unguarded write makes one forget what it covers.
+    """What `AccessHistory` is for other tensors: the open accesses in program order, by box.
+
+    Only an unguarded write makes one forget what it covers.
     """
 
     def __init__(self) -> None:
-        self._open: list[_Access] = []
+        self._open: dict[Box, tuple[list[_Access], list[_Access]]] = {}  # (reads, writes)
+        self._near: dict[Box, list[Box]] = {}  # boxes of `_open` that meet a box
 
-    def before(self, region: Region, is_write: bool) -> tuple[int, int, list[Conditional]]:
-        """(tasks to wait for, all that those wait for, tasks to wait for in some steps)."""
+    def _meeting(self, box: Box) -> list[Box]:
+        if box not in self._near:
+            self._near[box] = [other for other in self._open if intersect(other, box) is not None]
+        return self._near[box]
+
+    def _sides(self, box: Box) -> tuple[list[_Access], list[_Access]]:
+        if box not in self._open:
+            self._open[box] = [], []
+            self._near.clear()
+        return self._open[box]
+
+    def before(self, region: Region, is_write: bool) -> tuple[int, int, list[tuple[int, Guard, Guard | None]]]:
+        """(tasks to wait for, all that those wait for, tasks to wait for in some steps with their own guards)."""
         direct = beyond = 0
         conditional = []
-        for access in self._open:
-            if not (is_write or access.is_write) or intersect(access.box, region.box) is None:
-                continue
-            if access.guard is None and region.guard is None:
-                direct |= 1 << access.task
-                beyond |= access.ancestors
-            elif (guard := both(access.guard, region.guard)) is not None:
-                conditional.append((access.task, guard))
+        for reads, writes in map(self._open.__getitem__, self._meeting(region.box)):
+            for access in (*reads, *writes) if is_write else writes:
+                if access.guard is None and region.guard is None:
+                    direct |= 1 << access.task
+                    beyond |= access.ancestors
+                elif (guard := both(access.guard, region.guard)) is not None:
+                    conditional.append((access.task, guard, access.guard))
         return direct, beyond, conditional
 
     def record(self, region: Region, is_write: bool, task: int, ancestors: int) -> None:
         if is_write and region.guard is None:
-            for access in [a for a in self._open if intersect(a.box, region.box) is not None]:
-                self._open.remove(access)
-                rest = subtract(access.box, region.box)
-                self._open += [_Access(access.task, b, access.is_write, access.guard, access.ancestors) for b in rest]
-        self._open.append(_Access(task, region.box, is_write, region.guard, ancestors))
+            for box in list(self._meeting(region.box)):
+                gone = [list(side) for side in self._open[box]]
+                for side in self._open[box]:
+                    side.clear()
+                for rest in subtract(box, region.box):
+                    for side, old in zip(self._sides(rest), gone, strict=True):
+                        side += old
+        self._sides(region.box)[is_write].append(_Access(task, region.guard, ancestors))
 
 
 def both(first: Guard | None, second: Guard | None) -> Guard | None:
@@ -61,6 +74,26 @@ def both(first: Guard | None, second: Guard | None) -> Guard | None:
         return second or first
     lo, hi = max(first.lo, second.lo), min(first.hi, second.hi)
     return Guard(first.value, lo, hi) if lo < hi else None
+
+
+class WaitsSoFar:
+    """Who has been made to wait for whom in which steps: what such a task implies for those behind it."""
+
+    def __init__(self) -> None:
+        self._waits: dict[tuple[int, str], list[Conditional]] = defaultdict(list)  # for this task, by this value
+
+    def add(self, task: int, found: Resolved) -> None:
+        for producer, guard in (*found.signals, *(pair for pairs in found.waits.values() for pair in pairs)):
+            self._waits[producer, guard.value].append((task, guard))
+
+    def imply(self, producer: int, guards: tuple[Guard | None, ...], before: int) -> bool:
+        """Whether one of the tasks `before` waits for `producer` whenever one of the guards holds."""
+        return any(
+            held.lo <= guard.lo and guard.hi <= held.hi and before >> task & 1
+            for guard in guards
+            if guard is not None
+            for task, held in self._waits.get((producer, guard.value), ())
+        )
 
 
 def guarded_tensors(graph: TaskGraph) -> set[str]:
@@ -98,12 +131,12 @@ def resolve(graph: TaskGraph, consumer: int, conditional: list[Conditional], ann
     """
     waits: dict[str, list[Conditional]] = defaultdict(list)
     signals, always = [], 0
+    pairs = {(task, guard.value) for producer, guard in conditional for task in (producer, consumer)}
+    knowing = {pair: knows(graph, graph.tasks[pair[0]], pair[1]) for pair in pairs}
     several = len({guard.value for _, guard in conditional}) > 1
     for producer, guard in sorted(set(conditional), key=lambda pair: (pair[0], pair[1].value, pair[1].lo)):
-        may_wait = knows(graph, graph.tasks[consumer], guard.value)
-        may_signal = announced.get(guard.value, consumer) < consumer and knows(
-            graph, graph.tasks[producer], guard.value
-        )
+        may_wait = knowing[consumer, guard.value]
+        may_signal = announced.get(guard.value, consumer) < consumer and knowing[producer, guard.value]
         if may_signal and (several or not may_wait):
             signals.append((producer, guard))
         elif may_wait:

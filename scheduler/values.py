@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .boxes import intersect
 from .errors import MalformedScheduleError
-from .graph import Events, Guard, GuardedEvent, Schedule, Task, TaskGraph
+from .graph import Box, Events, Guard, GuardedEvent, Schedule, Task, TaskGraph
 from .guards import knows
 
 Numbers = dict[str, int]  # of values in one step
@@ -139,7 +139,7 @@ def check_values(graph: TaskGraph, events: Events, schedule: Schedule) -> None:
     for use in (use for uses in (*events.wait_if.values(), *events.signal_if.values()) for use in uses):
         if not 0 <= use.event < len(events.events):
             raise MalformedScheduleError(f"event {use.event} does not exist; derive the events of this graph again")
-    writer = {name: writer_of(graph, name) for name in graph.values}
+    writer = writers_of(graph)
     for index, task in enumerate(graph.tasks):
         for name in _looks_at(task, index, events):
             if writer[name] > index:
@@ -160,20 +160,23 @@ def _looks_at(task: Task, index: int, events: Events) -> set[str]:
     return {use.guard.value for use in uses} | {r.guard.value for r in (*task.reads, *task.writes) if r.guard}
 
 
-def writer_of(graph: TaskGraph, name: str) -> int:
-    """The task that writes a value; -1 if it has its number before the step."""
-    cell = graph.values[name].region
-    found = -1
+def writers_of(graph: TaskGraph) -> dict[str, int]:
+    """The task that writes each value; -1 if it has its number before the step."""
+    found = dict.fromkeys(graph.values, -1)
+    at: dict[str, dict[Box, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, value in graph.values.items():
+        at[value.region.tensor][value.region.box].append(name)
     for index, task in enumerate(graph.tasks):
-        for region in task.writes:
-            if region.tensor != cell.tensor or intersect(region.box, cell.box) is None:
-                continue
-            if region.guard is not None or found not in (-1, index):
-                raise MalformedScheduleError(
-                    f"{graph.task_name(index)} writes {name} in some steps only, or after another task; a value gets"
-                    " one number in every step"
-                )
-            found = index
+        for region in (region for region in task.writes if region.tensor in at):
+            cells = at[region.tensor]
+            boxes = [region.box] if region.box in cells else [b for b in cells if intersect(b, region.box) is not None]
+            for name in (name for box in boxes for name in cells[box]):
+                if region.guard is not None or found[name] not in (-1, index):
+                    raise MalformedScheduleError(
+                        f"{graph.task_name(index)} writes {name} in some steps only, or after another task; a value"
+                        " gets one number in every step"
+                    )
+                found[name] = index
     return found
 
 

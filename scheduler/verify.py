@@ -53,11 +53,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from .apart import Apart, check_guarded_regions, check_steps
 from .errors import (
     CountError,
     MalformedScheduleError,
@@ -95,11 +95,12 @@ class Report:
     num_unused_signals: int  # that no wait counts: harmless, but never made by `derive_events`
     seconds: float
     num_values: int = 0
-    num_steps: int = 1  # that differ in what guards say: each was looked at
+    num_steps: int = 1  # that differ in what guards say, each of which was looked at; 0: too many, see `apart.py`
 
     def __str__(self) -> str:
         unused = f", signals that nobody waits for: {self.num_unused_signals}" if self.num_unused_signals else ""
-        values = f", for all numbers of {self.num_values} values ({self.num_steps} cases)" if self.num_values else ""
+        cases = f"{self.num_steps} cases" if self.num_steps else "one value at a time"
+        values = f", for all numbers of {self.num_values} values ({cases})" if self.num_values else ""
         return (
             f"verified {self.num_tasks} tasks and {self.num_events} events in {self.seconds:.2f} "
             f"s: {self.num_pairs} conflicting pairs ordered, {self.num_regions_covered} reads "
@@ -115,12 +116,14 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     if graph.values:
         check_values(graph, events, schedule)
     num_unused_signals = _check_counts(graph, events)
-    num_steps, num_pairs, num_regions_covered = 0, 0, 0
-    for numbers in _steps_to_check(graph, events):
-        regions = _check_step(graph, events, schedule, numbers)
-        num_steps += 1
-        num_pairs = max(num_pairs, regions.num_pairs)
-        num_regions_covered = max(num_regions_covered, regions.num_regions_covered)
+    numbers = representatives(graph, events)
+    num_steps = num_combinations(numbers)
+    if num_steps <= MAX_COMBINATIONS:
+        checks = [_check_step(graph, events, schedule, chosen) for chosen in combinations(numbers)]
+        num_pairs, num_regions_covered = (max(sizes) for sizes in zip(*checks, strict=True))
+    else:
+        num_steps = 0
+        num_pairs, num_regions_covered = _check_apart(graph, events, schedule)
     return Report(
         num_tasks=len(graph.tasks),
         num_events=len(events.events),
@@ -133,15 +136,11 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     )
 
 
-def _steps_to_check(graph: TaskGraph, events: Events) -> Iterator[Numbers]:
-    numbers = representatives(graph, events)
-    if num_combinations(numbers) > MAX_COMBINATIONS:
-        raise NotImplementedError
-    return combinations(numbers)
+def _check_step(graph: TaskGraph, events: Events, schedule: Schedule, numbers: Numbers) -> tuple[int, int]:
+    """All that is left to check when the counts are right: one step, in which values have these numbers.
 
-
-def _check_step(graph: TaskGraph, events: Events, schedule: Schedule, numbers: Numbers) -> RegionCheck:
-    """All that is left to check when the counts are right: one step, in which values have these numbers."""
+    Returns how many pairs are ordered and how many reads are covered.
+    """
     if not graph.values:
         return _check_order(graph, events, schedule)
     try:
@@ -150,7 +149,23 @@ def _check_step(graph: TaskGraph, events: Events, schedule: Schedule, numbers: N
         raise type(error)(f"{error} (in a step with {numbers_text(numbers)})") from None
 
 
-def _check_order(graph: TaskGraph, events: Events, schedule: Schedule) -> RegionCheck:
+def _check_apart(graph: TaskGraph, events: Events, schedule: Schedule) -> tuple[int, int]:
+    """The same for all numbers at once, where they are too many: see `apart.py`."""
+    apart = Apart(graph, events, schedule)
+    everything = apart.everything()
+    derive_order(*everything)
+    if schedule.pools:
+        check_pools(*everything)
+    order, sure = apart.order()
+    check_steps(apart, order)
+    regions = RegionCheck(apart.parts, sure, order)
+    for tensor in collect_accesses(apart.parts):
+        regions.check(tensor)
+    num_pairs, num_reads = check_guarded_regions(apart, order)
+    return regions.num_pairs + num_pairs, regions.num_regions_covered + num_reads
+
+
+def _check_order(graph: TaskGraph, events: Events, schedule: Schedule) -> tuple[int, int]:
     accesses = collect_accesses(graph)
     order = derive_order(graph, events, schedule)
     if schedule.pools:
@@ -159,7 +174,7 @@ def _check_order(graph: TaskGraph, events: Events, schedule: Schedule) -> Region
     regions = RegionCheck(graph, events, order)
     for tensor in accesses:
         regions.check(tensor)
-    return regions
+    return regions.num_pairs, regions.num_regions_covered
 
 
 def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
