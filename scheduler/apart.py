@@ -25,7 +25,6 @@ from .errors import RaceError, StepOverlapError, UnwrittenReadError, shared_text
 from .graph import Box, Event, Events, Guard, Region, Schedule, Task, TaskGraph
 from .guards import GuardedHistory, announcers, guarded_tensors
 from .order import Order, derive_order
-from .values import representatives
 
 Edge = tuple[int, int]  # parts of tasks, the first of which is done before the second
 Edges = dict[tuple[str, int], dict[Edge, None]]  # per value and number
@@ -36,9 +35,11 @@ class Apart:
     waits by values, another one that does the work.
     """
 
-    def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule) -> None:
+    def __init__(
+        self, graph: TaskGraph, events: Events, schedule: Schedule, numbers: dict[str, list[int]]
+    ) -> None:
         self.graph, self.events, self.schedule = graph, events, schedule
-        self.numbers = representatives(graph, events)
+        self.numbers = numbers  # of each value, those that matter
         self.announcers = announcers(graph)
         self.first: list[int] = []
         self.body: list[int] = []

@@ -132,6 +132,6 @@ def large_graphs(num_tasks: int) -> Iterator[tuple[str, TaskGraph, Events]]:
     num_stages = -(-num_tasks // (1 << log2_width))
     graph = butterfly_graph(num_stages, log2_width)
     yield f"butterfly of {num_stages} stages", graph, butterfly_events(graph, log2_width)
-    num_layers = -(-num_tasks // (1 + 8 + 16 * 4 + 8))
-    graph = experts_graph(num_layers, num_tokens=8, num_experts=16, num_tiles=4)
+    num_layers = -(-num_tasks // (1 + 4 + 16 * 8 + 4))
+    graph = experts_graph(num_layers, num_tokens=4, num_experts=16, num_tiles=8)
     yield f"experts of {num_layers} layers", graph, derive_events(graph)

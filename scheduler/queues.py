@@ -32,8 +32,7 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     tasks_of_op: dict[int, list[int]] = defaultdict(list)
     by_value = {use.event for uses in events.signal_if.values() for use in uses}
     for index, task in enumerate(graph.tasks):
-        event = events.wait[index]
-        if task.op not in dynamic or event < 0 or event in by_value or index in events.wait_if:
+        if task.op not in dynamic or not _can_be_released(events, index, by_value):
             tasks_of_op[task.op].append(index)
     queues: list[list[int]] = [[] for _ in range(num_workers)]
     total = [0] * num_workers
@@ -48,6 +47,10 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     if not dynamic:
         return Schedule(queues)
     return _with_pools(graph, events, queues, sorted(dynamic))
+
+
+def _can_be_released(events: Events, task: int, by_value: set[int]) -> bool:
+    return events.wait[task] >= 0 and events.wait[task] not in by_value and task not in events.wait_if
 
 
 def _with_pools(graph: TaskGraph, events: Events, queues: list[list[int]], dynamic: list[int]) -> Schedule:

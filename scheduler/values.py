@@ -27,9 +27,9 @@ def representatives(graph: TaskGraph, events: Events) -> dict[str, list[int]]:
     """Of each value the numbers that matter: one of each stretch in which all guards say the same."""
     ends: dict[str, set[int]] = {name: {value.lo} for name, value in graph.values.items()}
     for guard in all_guards(graph, events):
-        value = graph.values[guard.value]
-        ends[guard.value].update(end for end in (guard.lo, guard.hi) if value.lo < end < value.hi)
-    return {name: sorted(numbers) for name, numbers in ends.items()}
+        ends[guard.value].add(guard.lo)
+        ends[guard.value].add(guard.hi)
+    return {name: sorted(n for n in ends[name] if value.lo <= n < value.hi) for name, value in graph.values.items()}
 
 
 def num_combinations(numbers: dict[str, list[int]]) -> int:

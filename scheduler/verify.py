@@ -123,7 +123,7 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
         num_pairs, num_regions_covered = (max(sizes) for sizes in zip(*checks, strict=True))
     else:
         num_steps = 0
-        num_pairs, num_regions_covered = _check_apart(graph, events, schedule)
+        num_pairs, num_regions_covered = _check_apart(graph, events, schedule, numbers)
     return Report(
         num_tasks=len(graph.tasks),
         num_events=len(events.events),
@@ -149,9 +149,11 @@ def _check_step(graph: TaskGraph, events: Events, schedule: Schedule, numbers: N
         raise type(error)(f"{error} (in a step with {numbers_text(numbers)})") from None
 
 
-def _check_apart(graph: TaskGraph, events: Events, schedule: Schedule) -> tuple[int, int]:
+def _check_apart(
+    graph: TaskGraph, events: Events, schedule: Schedule, numbers: dict[str, list[int]]
+) -> tuple[int, int]:
     """The same for all numbers at once, where they are too many: see `apart.py`."""
-    apart = Apart(graph, events, schedule)
+    apart = Apart(graph, events, schedule, numbers)
     everything = apart.everything()
     derive_order(*everything)
     if schedule.pools:
