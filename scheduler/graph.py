@@ -54,6 +54,13 @@ class Value:
     lo: int
     hi: int
 
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before it."""
+        *outer, (offset, _) = self.region.box
+        assert all(lo == 0 for lo, _ in outer), f"{self.region} is not in the first row of its tensor"
+        return offset
+
 
 @dataclass(frozen=True, slots=True)
 class EventUse:

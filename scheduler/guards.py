@@ -126,18 +126,19 @@ class Resolved:
 
 
 def resolve(graph: TaskGraph, consumer: int, conditional: list[Conditional], announced: dict[str, int]) -> Resolved:
-    """A task that depends on one value and knows it waits by that value: one wait, at a counter of its own choice.
-    With several values its producers choose, which costs it no wait at all.
+    """A task that depends on one value and knows it waits by that value, if every number leads to other tasks: an
+    index into the event tensor of those. Where numbers share tasks (the first 3 tiles, the first 4) or there are
+    several values, the tasks signal by the value, and the counter is the same for all numbers.
     """
     waits: dict[str, list[Conditional]] = defaultdict(list)
     signals, always = [], 0
     pairs = {(task, guard.value) for producer, guard in conditional for task in (producer, consumer)}
     knowing = {pair: knows(graph, graph.tasks[pair[0]], pair[1]) for pair in pairs}
-    several = len({guard.value for _, guard in conditional}) > 1
+    is_index = len({guard.value for _, guard in conditional}) == 1 and _no_task_twice(conditional)
     for producer, guard in sorted(set(conditional), key=lambda pair: (pair[0], pair[1].value, pair[1].lo)):
         may_wait = knowing[consumer, guard.value]
         may_signal = announced.get(guard.value, consumer) < consumer and knowing[producer, guard.value]
-        if may_signal and (several or not may_wait):
+        if may_signal and not (may_wait and is_index):
             signals.append((producer, guard))
         elif may_wait:
             waits[guard.value].append((producer, guard))
@@ -148,6 +149,11 @@ def resolve(graph: TaskGraph, consumer: int, conditional: list[Conditional], ann
         tuple((p, g) for p, g in signals if not always >> p & 1),
         {value: [(p, g) for p, g in pairs if not always >> p & 1] for value, pairs in waits.items()},
     )
+
+
+def _no_task_twice(pairs: list[Conditional]) -> bool:
+    sets = [tasks for tasks, _ in by_number(pairs)]
+    return sum(tasks.bit_count() for tasks in sets) == len({task for task, _ in pairs})
 
 
 def by_number(pairs: Iterable[Conditional]) -> list[tuple[int, Guard]]:

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device, ready, timing
+from tri_mpk.scheduler import by_value, device, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -42,7 +42,7 @@ USED = (
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
-SCHEDULER_MODULES = (device, timing, ready)
+SCHEDULER_MODULES = (device, timing, ready, by_value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ def _tree(module: ModuleType) -> ast.Module:
 
 def _definition(module: ModuleType, name: str) -> ast.stmt:
     for node in _tree(module).body:
-        names = [t.id for t in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", None)]
+        names = [getattr(t, "id", None) for t in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", None)]
         if name in names:
             return node
     raise AssertionError(f"{name} is not defined at the top of {module.__name__}")

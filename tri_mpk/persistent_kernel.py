@@ -374,6 +374,19 @@ class PersistentKernel:
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
         self._call(ARGMAX, label, grid_dim, policy, tensors)
 
+    def op_layer(
+        self,
+        op: Op,
+        *,
+        grid_dim: int | None = None,
+        label: str | None = None,
+        policy: str | None = None,
+        options: dict[str, object] | None = None,
+        **tensors: TensorHandle,
+    ) -> None:
+        """An op of your own, see CONTRIBUTING.md; `tensors` and `options` are the arguments of its cut."""
+        self._call(op, label, grid_dim, policy, tensors, **options or {})
+
     # ---- from graph to launch ----
 
     def plan(self) -> Program:

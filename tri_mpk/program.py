@@ -138,12 +138,13 @@ def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, 
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
+        graph.values |= cut.values
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     events = derive_events(graph)
     dynamic = [op for op, call in enumerate(calls) if call.policy is Policy.DYNAMIC]
     queues = schedule(graph, events, tuning.num_workers, dynamic)
     report = verify(graph, events, queues)
-    counters = CounterLayout(events, queues)
+    counters = CounterLayout(events, queues, graph.values)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
     return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds)
