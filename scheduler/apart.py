@@ -35,9 +35,7 @@ class Apart:
     waits by values, another one that does the work.
     """
 
-    def __init__(
-        self, graph: TaskGraph, events: Events, schedule: Schedule, numbers: dict[str, list[int]]
-    ) -> None:
+    def __init__(self, graph: TaskGraph, events: Events, schedule: Schedule, numbers: dict[str, list[int]]) -> None:
         self.graph, self.events, self.schedule = graph, events, schedule
         self.numbers = numbers  # of each value, those that matter
         self.announcers = announcers(graph)

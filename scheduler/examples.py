@@ -82,9 +82,7 @@ def butterfly_events(graph: TaskGraph, log2_width: int) -> Events:
             events.append(Event(producers, consumers, 2))
     num_fused = len(events) - 1
     tensors = event_tensors(graph, events)
-    return Events(
-        events, wait, signals, tensors=tensors, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0
-    )
+    return Events(events, wait, signals, tensors=tensors, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0)
 
 
 def experts_graph(num_layers: int, num_tokens: int, num_experts: int, num_tiles: int) -> TaskGraph:
@@ -93,7 +91,9 @@ def experts_graph(num_layers: int, num_tokens: int, num_experts: int, num_tiles:
     dispatch -> expert is signalled by id, expert -> combine is waited for by id. All layers share their buffers.
     """
     row: Box = ((0, num_tokens),)
-    graph = TaskGraph(tensors={"x": TensorInfo((num_tokens,), True), "ids": TensorInfo((num_layers, num_tokens), False)})
+    graph = TaskGraph(
+        tensors={"x": TensorInfo((num_tokens,), True), "ids": TensorInfo((num_layers, num_tokens), False)}
+    )
     graph.tensors |= {"xin": TensorInfo((num_tokens,), False), "y": TensorInfo((num_tokens, num_tiles), False)}
 
     def add(name: str, tile: tuple[int, ...], reads: list[Region], writes: list[Region], **more: tuple) -> None:

@@ -185,6 +185,15 @@ class Events:
     num_pairs: int = 0  # (producer, consumer) pairs of tasks that had to be ordered, before sets of them were fused
     max_pairs: int = 0  # the most of one consumer
 
+    def may_wait(self, task: int) -> list[int]:
+        """Events that a task waits for, in all steps or in some."""
+        static = [self.wait[task]] if self.wait[task] >= 0 and self.events[self.wait[task]].count > 0 else []
+        return [*static, *(use.event for use in self.wait_if.get(task, ()))]
+
+    def may_signal(self, task: int) -> list[int]:
+        """Events that a task signals, in all steps or in some."""
+        return [*self.signals[task], *dict.fromkeys(use.event for use in self.signal_if.get(task, ()))]
+
 
 STEP_EVENT = 0
 MAX_SIGNALS = 4  # slots of a task descriptor

@@ -82,9 +82,7 @@ class UseTables:
         return hi == lo + 1 or event == first + stride * (hi - lo)
 
     def _add_announcements(self) -> None:
-        absent = [
-            (task, use) for task, uses in self.events.signal_if.items() for use in uses if use.guard.absent
-        ]
+        absent = [(task, use) for task, uses in self.events.signal_if.items() for use in uses if use.guard.absent]
         for task, some in groupby(absent, key=lambda pair: pair[0]):
             uses = [use for _, use in some]
             tensors = {self.values[use.guard.value].region.tensor for use in uses}

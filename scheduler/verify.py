@@ -108,8 +108,11 @@ class Report:
         )
 
 
-def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
-    """Raise a `ScheduleError` that says what to change, or report what has been proved."""
+def verify(graph: TaskGraph, events: Events, schedule: Schedule, max_combinations: int = MAX_COMBINATIONS) -> Report:
+    """Raise a `ScheduleError` that says what to change, or report what has been proved.
+
+    Up to `max_combinations` of the numbers that values may have are tried one by one.
+    """
     start = time.perf_counter()
     _check_queues(graph, schedule)
     _check_event_table(graph, events)
@@ -118,7 +121,7 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     num_unused_signals = _check_counts(graph, events)
     numbers = representatives(graph, events)
     num_steps = num_combinations(numbers)
-    if num_steps <= MAX_COMBINATIONS:
+    if num_steps <= max_combinations or not graph.values:
         checks = [_check_step(graph, events, schedule, chosen) for chosen in combinations(numbers)]
         num_pairs, num_regions_covered = (max(sizes) for sizes in zip(*checks, strict=True))
     else:
@@ -251,9 +254,7 @@ def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None
     who = "every worker" if waiter is None else graph.task_name(waiter)
     outcome = "the wait never ends" if count > signalled else "the surplus adds up until the wait orders nothing"
     by_value = {t for t, uses in events.signal_if.items() if any(use.event == event for use in uses)}
-    producers = [
-        graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals or t in by_value
-    ]
+    producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals or t in by_value]
     given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}{' for some numbers' * bool(by_value)}"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)
     return (

@@ -296,7 +296,11 @@ def _tree(module: ModuleType) -> ast.Module:
 
 def _definition(module: ModuleType, name: str) -> ast.stmt:
     for node in _tree(module).body:
-        names = [getattr(t, "id", None) for t in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", None)]
+        names = (
+            [getattr(t, "id", None) for t in node.targets]
+            if isinstance(node, ast.Assign)
+            else [getattr(node, "name", None)]
+        )
         if name in names:
             return node
     raise AssertionError(f"{name} is not defined at the top of {module.__name__}")
