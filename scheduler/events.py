@@ -1,14 +1,12 @@
 """From reads and writes to events, by named passes: who must wait for whom, fused into as few counters as possible.
 
-| pass | what it does |
-|---|---|
-| derive | A task depends on every earlier task whose regions conflict with its own (read after write, write after read, \
-write after write). Sets of tasks are Python integers, one bit per task, so that union and difference cost microseconds |
-| reduce | A dependency that another one implies is dropped (exact transitive reduction) |
-| fuse | Each distinct set that remains is one event. So every task waits for at most one, and for one more per value |
-| fit | Where a task would signal more events than its descriptor has slots, events are merged |
-| linearise | Events get their numbers, in the order of their consumers: those of an edge lie side by side, as an event \
-tensor. Tasks nobody waits for signal the step event |
+derive     A task depends on every earlier task whose regions conflict with its own (read after write, write after read,
+           write after write). Sets of tasks are Python integers, a bit per task: union and difference are fast.
+reduce     A dependency that another one implies is dropped (exact transitive reduction).
+fuse       Each distinct set that remains is one event. So every task waits for at most one, and for one more per value.
+fit        Where a task would signal more events than its descriptor has slots, events are merged.
+linearise  Events get their numbers, in the order of their consumers: those of an edge lie side by side, as an event
+           tensor. Tasks nobody waits for signal the step event.
 
 Dependencies that hold in some steps only, because a region is guarded by a value, become waits or signals by that
 value: `guards.resolve` says which.

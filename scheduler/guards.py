@@ -157,7 +157,7 @@ def _no_task_twice(pairs: list[Conditional]) -> bool:
 
 
 def by_number(pairs: Iterable[Conditional]) -> list[tuple[int, Guard]]:
-    """(bit set of the tasks, guard): the tasks whose guards hold, for each stretch of numbers where they are the same."""
+    """(bit set of the tasks whose guards hold, guard), for each stretch of numbers where they are the same."""
     pairs = list(pairs)
     ends = sorted({end for _, guard in pairs for end in (guard.lo, guard.hi)})
     found: list[tuple[int, Guard]] = []

@@ -25,7 +25,8 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     works with any derived events.
 
     Of the ops in `dynamic`, workers run the tasks as these become ready. Ops that follow each other share a pool. A
-    task that waits for nothing has no event to become ready by, and stays in a queue, as one does that waits by a value.
+    task that waits for nothing has no event to become ready by, and stays in a queue; so does one that waits by a
+    value.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not supported; choose at least 1")

@@ -362,11 +362,8 @@ def redirect_by_value(rng: random.Random, case: Case) -> None:
 
 def change_region_guard(rng: random.Random, case: Case) -> None:
     """A task touches a region for other numbers."""
-    task = case.graph.tasks[
-        _random_task(
-            rng, case, lambda t: any(r.guard for r in (*case.graph.tasks[t].reads, *case.graph.tasks[t].writes))
-        )
-    ]
+    tasks = case.graph.tasks
+    task = tasks[_random_task(rng, case, lambda t: any(r.guard for r in (*tasks[t].reads, *tasks[t].writes)))]
     side = rng.choice([name for name in ("reads", "writes") if any(r.guard for r in getattr(task, name))] or ["reads"])
     regions = list(getattr(task, side))
     for i in rng.sample(range(len(regions)), len(regions)):
@@ -378,7 +375,7 @@ def change_region_guard(rng: random.Random, case: Case) -> None:
 
 
 def announce_twice(rng: random.Random, case: Case) -> None:
-    """A task gives an event's signal whatever the value, so that those who give it for some numbers are one too many."""
+    """A task gives an event's signal whatever the value is, which is then one too many."""
     guarded = [use.event for uses in case.events.signal_if.values() for use in uses]
     if guarded:
         _add_signal(rng, case, rng.choice(guarded))

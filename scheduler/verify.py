@@ -255,7 +255,8 @@ def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None
     outcome = "the wait never ends" if count > signalled else "the surplus adds up until the wait orders nothing"
     by_value = {t for t, uses in events.signal_if.items() if any(use.event == event for use in uses)}
     producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals or t in by_value]
-    given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}{' for some numbers' * bool(by_value)}"
+    some = " for some numbers" if by_value else ""
+    given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}{some}"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)
     return (
         f"{who} waits for {count} signals of event {event} per step, but {given if producers else 'no task gives one'}:"

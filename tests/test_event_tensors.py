@@ -13,6 +13,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
 
 import experts as mixture
+
 from tri_mpk import MegakernelTimeout, PersistentKernel
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.scheduler.by_value import announce, signal_by_value
