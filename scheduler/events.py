@@ -169,14 +169,14 @@ def _fuse(draft: Draft) -> None:
             draft.edge_waits.setdefault(edge(some, ()), []).append((task, guard))
     for (producers, signals), number in number_of.items():
         size, consumers = producers.bit_count() + len(signals), consumers_of[number]
-        draft.edges[number] = Event(_members(producers), consumers, size)
+        draft.edges[number] = Event(members(producers), consumers, size)
         draft.num_pairs += size * (len(consumers) + len(draft.edge_waits.get(number, ())))
         draft.max_pairs = max(draft.max_pairs, size)
         if signals:
             draft.edge_signals[number] = signals
 
 
-def _members(tasks: int) -> list[int]:
+def members(tasks: int) -> list[int]:
     """The set bits of `tasks`, ascending."""
     if tasks.bit_count() > 16:
         raw = np.frombuffer(tasks.to_bytes(tasks.bit_length() // 8 + 1, "little"), dtype=np.uint8)

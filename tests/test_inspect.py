@@ -69,6 +69,18 @@ def test_fusion_makes_few_events_of_many_pairs(program: Program):
     assert 1 <= facts["signals_per_task_after"] <= facts["max_signals_after"] <= 4
 
 
+def test_passes_fuse_events_and_add_no_hop(program: Program):
+    facts = inspect_program(program, default_profile(), 4096)
+    names = ["derive", "reduce", "fuse", "fit", "linearise", "queues"]
+    passes = {row["name"]: row for row in facts["passes"]}
+    assert list(passes) == names
+    assert passes["derive"]["events"] > passes["reduce"]["events"] == facts["fusion"]["events_before"]
+    assert passes["fuse"]["events"] + 1 == passes["linearise"]["events"] == facts["events"]  # and the step event
+    assert passes["reduce"]["max_waits"] > 100 and passes["fuse"]["max_waits"] == 1
+    assert passes["linearise"]["signals_per_task"] == facts["fusion"]["signals_per_task_after"]
+    assert {row["hops"] for row in facts["passes"]} == {facts["hops"]}  # the depth of the model, in all of them
+
+
 def test_the_estimate_is_above_its_bounds(program: Program):
     facts = inspect_program(program, default_profile(), 4096)["estimate"]
     assert facts["gpu"] == "NVIDIA H200" and facts["context"] == 4096

@@ -399,13 +399,14 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"worker     {facts['worker_max_bytes'] / 1e6:.2f} MB busiest, {facts['worker_mean_bytes'] / 1e6:.2f} MB mean"
         f" per step; busiest worker / mean {facts['imbalance']:.3f}"
     )
-    fusion = facts["fusion"]
-    print(
-        f"fusion     {fusion['events_before']} events with {fusion['waits_per_task_before']:.1f} waits per task"
-        f" (at most {fusion['max_waits_before']}) became {fusion['events_after']} with"
-        f" {fusion['waits_per_task_after']:.2f} waits ({fusion['max_waits_after']}) and"
-        f" {fusion['signals_per_task_after']:.2f} signals ({fusion['max_signals_after']})"
-    )
+    columns = {"name": "pass", "events": "events", "waits_per_task": "waits per task", "max_waits": "most"}
+    columns |= {
+        "signals_per_task": "signals per task",
+        "max_signals": "most",
+        "hops": "hops",
+        "hops_per_layer": "per layer",
+    }
+    print_table(columns, facts["passes"])
     print(f"critical   {facts['hops']} hops, {facts['hops_per_layer']} per layer")
     estimate = facts["estimate"]
     print(

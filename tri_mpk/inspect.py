@@ -23,6 +23,7 @@ from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT, imbalance
+from tri_mpk.scheduler.passes import pass_effects
 from tri_mpk.tuning import Tuning
 
 # ---- planning without a device ----
@@ -211,6 +212,34 @@ def fusion_facts(program: Program) -> dict[str, float | int]:
     }
 
 
+def pass_facts(program: Program) -> list[dict[str, object]]:
+    """What every pass from regions to queues did, in order; the first row is where it begins. Means are over all tasks.
+
+    Hops are those of the longest chain, the step event included, which `queues` alone can make longer.
+    """
+    num_tasks = len(program.graph.tasks)
+    rows = []
+    for effect in pass_effects(program.graph):
+        rows.append(
+            {
+                "name": effect.name,
+                "events": effect.num_events,
+                "waits_per_task": round(effect.num_waits / num_tasks, 2),
+                "max_waits": effect.max_waits,
+                "signals_per_task": round(effect.num_signals / num_tasks, 2),
+                "max_signals": effect.max_signals,
+                **_hops(program, effect.chain),
+            }
+        )
+    return [*rows, rows[-1] | {"name": "queues"} | _hops(program, critical_path(program))]
+
+
+def _hops(program: Program, chain: list[int]) -> dict[str, int]:
+    layers = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in chain)
+    layers.pop(None, None)
+    return {"hops": len(chain) + 1, "hops_per_layer": max(layers.values(), default=0)}
+
+
 def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, object]:
     """The cost model's estimate of a step, in ms, for a GPU."""
     time = estimate(program, gpu, context)
@@ -225,9 +254,7 @@ def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, obj
 
 def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: bool = False) -> dict[str, object]:
     """Everything that `tri-mpk inspect` shows, ready for JSON."""
-    path = critical_path(program)
-    layer_hops = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in path)
-    layer_hops.pop(None, None)
+    passes = pass_facts(program)
     worker_bytes = [sum(program.graph.tasks[t].cost_bytes for t in queue) for queue in program.schedule.queues]
     report = program.report
     return {
@@ -235,12 +262,13 @@ def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: 
         "tasks": len(program.graph.tasks),
         "events": len(program.events.events),
         "variants": len(program.variants),
-        "hops": len(path) + 1,
-        "hops_per_layer": max(layer_hops.values(), default=0),
+        "hops": passes[-1]["hops"],
+        "hops_per_layer": passes[-1]["hops_per_layer"],
         "bytes": sum(worker_bytes),
         "worker_max_bytes": max(worker_bytes),
         "worker_mean_bytes": round(sum(worker_bytes) / len(worker_bytes), 1),
         "imbalance": round(max(worker_bytes) * len(worker_bytes) / sum(worker_bytes), 4),
+        "passes": passes,
         "fusion": fusion_facts(program),
         "estimate": time_facts(program, gpu, context),
         "tuning": asdict(program.tuning),
