@@ -69,7 +69,7 @@ def draw_graph(path: Path, graph: TaskGraph, events: Events, ops: list[int], num
     tasks = {op: [i for i, task in enumerate(graph.tasks) if task.op == op] for op in ops}
     height = row_height * max(map(len, tasks.values()))
     at = {}
-    for place, (op, members) in enumerate(tasks.items()):
+    for place, members in enumerate(tasks.values()):
         for row, task in enumerate(members):
             at[task] = 20 + place * column, top + (row + 0.5) * height / len(members)
     svg, circles = Svg(), _place_events(graph, events, at, column, top, height)

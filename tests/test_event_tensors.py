@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "demos"))
 
 import experts as mixture
 
@@ -215,3 +219,42 @@ def test_as_many_tiles_as_the_step_has(seed: int, monkeypatch: pytest.MonkeyPatc
     sums = x.view(NUM_TILES, TILE).sum(1)
     expected = torch.stack([(i + 1) * sums[:n].sum() for i, n in enumerate(lengths.tolist())])
     torch.testing.assert_close(out[: len(lengths)], expected)
+
+
+# ---- ahead of time, for a GPU ----
+
+COMPILED = """
+import json, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import experts
+from tri_mpk.aot import compile_for, resources
+from tri_mpk.generator import write_source
+dims = (5, 32), (4, 32), (4, 32, 32)
+mpk, _ = experts.build(*(torch.empty(d, device="meta") for d in dims), num_workers=8)
+kernel = compile_for(write_source(mpk.plan().source), "sm_90")
+ptx = kernel.asm["ptx"]
+print(json.dumps(resources(kernel) | {"by_thread": ptx.count("@p red.release.gpu.global.add.u32")}))
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, str(ROOT / "demos")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["spills"] == 0 and report["by_thread"] == 1
+
+
+def test_the_demo_equals_torch():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "demos/experts.py"), "--steps", "2"], capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "equal to torch" in result.stdout, result.stdout + result.stderr
+
+
+def test_dense_kernels_have_nothing_of_it():
+    """Static decode is the case in which all coordinates are constants: the golden source knows no values."""
+    source = (ROOT / "tests/golden/megakernel_small.py").read_text()
+    assert "by_value" not in source and "announce" not in source
