@@ -6,17 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "demos"))
-
-import experts as mixture
 
 from tri_mpk import MegakernelTimeout, PersistentKernel
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
@@ -24,6 +21,18 @@ from tri_mpk.scheduler.by_value import announce, signal_by_value
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, EventUse, Guard, Region, Task, Value
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def demo(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, ROOT / f"demos/{name}.py")
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mixture = demo("experts")
 
 # ---- a mixture of experts: demos/experts.py ----
 

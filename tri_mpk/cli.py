@@ -299,6 +299,7 @@ def planned(
     max_seq_len: int | None,
     num_workers: int | None,
     bulk_copies: bool = True,
+    policy: str = "static",
 ) -> tuple[Program, GpuProfile, dict[str, object]]:
     """The program for a model's GPU form, the GPU, and what else it was planned for."""
     import torch
@@ -318,7 +319,7 @@ def planned(
     resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
     resolved_len = resolve_max_seq_len(max_seq_len, config)
     tuning, tuning_source = find_tuning(gpu, describe(config, resolved_len), resolved_dtype, num_workers)
-    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning)
+    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning, policy=policy)
     facts = {
         "model": geometry or model,
         "dtype": str(resolved_dtype).removeprefix("torch."),
@@ -345,6 +346,7 @@ def inspect(
     dot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write ops and events as Graphviz; '-': to standard output.")
     ] = None,
+    policy: PolicyOption = "static",
     layer: Annotated[str, typer.Option(help="Layer for --dot: a number, or all.")] = "0",
 ) -> None:
     """Plan a kernel without weights or a GPU and show its tasks, events, balance, critical path and estimated time.
@@ -360,7 +362,7 @@ def inspect(
 
     if layer != "all" and not layer.isdigit():
         raise ValueError(f"--layer {layer} is not supported; give a number or all")
-    program, gpu, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    program, gpu, facts = planned(model, geometry, dtype, max_seq_len, num_workers, policy=policy)
     longest = int(facts["max_seq_len"])
     if context is not None and context > longest:
         raise ValueError(f"--context {context} is more than max_seq_len={longest}; raise --max-seq-len")
@@ -399,6 +401,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"worker     {facts['worker_max_bytes'] / 1e6:.2f} MB busiest, {facts['worker_mean_bytes'] / 1e6:.2f} MB mean"
         f" per step; busiest worker / mean {facts['imbalance']:.3f}"
     )
+    if facts["pool_bytes"]:
+        print(f"pools      {facts['pool_bytes'] / 1e6:.2f} MB more, for whichever worker is free")
     columns = {"name": "pass", "events": "events", "waits_per_task": "waits per task", "max_waits": "most"}
     columns |= {
         "signals_per_task": "signals per task",
@@ -431,6 +435,7 @@ def verify_schedule(
     num_workers: NumWorkersOption = None,
     max_seq_len: MaxSeqLenOption = None,
     dtype: DtypeOption = None,
+    policy: PolicyOption = "static",
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Put verify itself on trial, on random and on large schedules.")
     ] = False,
@@ -450,7 +455,7 @@ def verify_schedule(
       tri-mpk verify --self-check --cases 10000 --seed 1
     """
     if not self_check:
-        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers, policy=policy)
         facts |= {"num_workers": program.num_workers} | asdict(program.report)
         print(json.dumps(facts) if as_json else f"{facts['model']}, {program.num_workers} workers: {program.report}")
         return

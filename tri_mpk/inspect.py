@@ -82,7 +82,7 @@ class OpFacts:
     events: int  # that its tasks wait for
     hops: int  # of the critical path that end in it
     bytes: int  # per step, all calls
-    worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts
+    worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts. Tasks of pools belong to nobody
     worker_mean_bytes: float
     imbalance: float  # their ratio
 
@@ -91,13 +91,14 @@ def critical_path(program: Program) -> list[int]:
     """Tasks at the end of each hop (a signal and the wait for it) on a longest chain; the step event adds one more.
 
     One symbolic run of the queues: a task runs when the one before it in its queue has run and its event is complete.
+    A task of a pool, as soon as its event is complete: like a queue of its own.
     """
-    assert not program.schedule.pools, "the longest chain through a pool is known only when it has run"
-    events, queues = program.events, program.schedule.queues
+    events, queues = program.events, program.schedule.static_queues()
     depth = [0] * len(program.graph.tasks)
     previous = [-1] * len(depth)  # on the longest chain to a task
     missing = [event.count for event in events.events]
     deepest = [-1] * len(missing)  # producer of each event
+    queues = [*queues, *([task] for tasks in program.schedule.pools for task in tasks)]
     next_slot = [0] * len(queues)
     sleeping: dict[int, list[int]] = defaultdict(list)
     awake = list(range(len(queues)))
@@ -133,11 +134,12 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
     """One entry per op, or per kind of op with all layers together, in program order."""
     graph = program.graph
     group_of = [label if per_layer else split_label(label)[1] for label in graph.ops]
-    variants, waits, sent = defaultdict(set), defaultdict(set), Counter()
+    variants, waits, sent, num_tasks = defaultdict(set), defaultdict(set), Counter(), Counter()
     for index, task in enumerate(graph.tasks):
         group = group_of[task.op]
         variants[group].add(task.variant)
         sent[group] += task.cost_bytes
+        num_tasks[group] += 1
         if program.events.wait[index] >= 0:
             waits[group].add(program.events.wait[index])
     hops = Counter(group_of[graph.tasks[task].op] for task in critical_path(program))
@@ -154,7 +156,7 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
                 name=program.variants[numbers[0]].op.name if numbers else "",
                 variants=numbers,
                 calls=len(calls),
-                tasks=sum(balance.num_tasks for balance in calls),
+                tasks=num_tasks[group],
                 events=len(waits[group]),
                 hops=hops[group],
                 bytes=sent[group],
@@ -171,8 +173,8 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
 
     A split without a block of older tokens is empty, but the first one has the new token. The least over all layers.
     """
-    worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
-    busy: dict[int, set[int]] = {}
+    worker_of = {task: worker for worker, queue in enumerate(program.schedule.static_queues()) for task in queue}
+    busy: dict[int, set[int]] = {}  # of a pool: as many as there are tasks, at best
     num_splits = block_kv = 0
     for index, num_blocks in kv_blocks(program, context).items():
         task = program.graph.tasks[index]
@@ -181,8 +183,8 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
         _, split = task.tile
         workers = busy.setdefault(task.op, set())
         if num_blocks or split == 0:
-            workers.add(worker_of[index])
-    num_busy = min(map(len, busy.values()), default=0)
+            workers.add(worker_of.get(index, -1 - index))
+    num_busy = min(min(map(len, busy.values()), default=0), program.num_workers)
     return {
         "context": context,
         "splits": num_splits,
@@ -255,7 +257,9 @@ def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, obj
 def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: bool = False) -> dict[str, object]:
     """Everything that `tri-mpk inspect` shows, ready for JSON."""
     passes = pass_facts(program)
-    worker_bytes = [sum(program.graph.tasks[t].cost_bytes for t in queue) for queue in program.schedule.queues]
+    costs = [task.cost_bytes for task in program.graph.tasks]
+    worker_bytes = [sum(costs[t] for t in queue) for queue in program.schedule.static_queues()]
+    pool_bytes = sum(costs[t] for tasks in program.schedule.pools for t in tasks)
     report = program.report
     return {
         "num_workers": program.num_workers,
@@ -264,10 +268,11 @@ def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: 
         "variants": len(program.variants),
         "hops": passes[-1]["hops"],
         "hops_per_layer": passes[-1]["hops_per_layer"],
-        "bytes": sum(worker_bytes),
+        "bytes": sum(worker_bytes) + pool_bytes,
+        "pool_bytes": pool_bytes,  # of tasks that go to whichever worker is free; not among those of workers
         "worker_max_bytes": max(worker_bytes),
         "worker_mean_bytes": round(sum(worker_bytes) / len(worker_bytes), 1),
-        "imbalance": round(max(worker_bytes) * len(worker_bytes) / sum(worker_bytes), 4),
+        "imbalance": round(max(worker_bytes) * len(worker_bytes) / max(sum(worker_bytes), 1), 4),
         "passes": passes,
         "fusion": fusion_facts(program),
         "estimate": time_facts(program, gpu, context),
