@@ -27,7 +27,7 @@ from .guards import GuardedHistory, announcers, guarded_tensors
 from .order import Order, derive_order
 
 Edge = tuple[int, int]  # parts of tasks, the first of which is done before the second
-Edges = dict[tuple[str, int], dict[Edge, None]]  # per value and number
+Edges = dict[tuple[str, int], dict[int, set[int]]]  # per value and number: from the first parts to the second ones
 
 
 class Apart:
@@ -125,12 +125,12 @@ class Apart:
         for task, event in enumerate(events.wait):
             if event >= 0 and events.events[event].count > 0:
                 waiting[event].append(task)
-        found: Edges = defaultdict(dict)
+        found: Edges = defaultdict(lambda: defaultdict(set))
 
         def add(edge: Edge, guard: Guard) -> None:
             if not order.happens_before(*edge):
                 for number in self.numbers_of(guard):
-                    found[guard.value, number][edge] = None
+                    found[guard.value, number][edge[0]].add(edge[1])
 
         for task, uses in events.wait_if.items():
             for use in (use for use in uses if events.events[use.event].count > 0):
@@ -159,22 +159,21 @@ def _counted(events: Events, wait: list[int], signals: list[list[int]]) -> Event
     return Events([Event([], [], count) for count in counts], wait, signals)
 
 
-def reaches(order: Order, edges: dict[Edge, None], first: int, second: int) -> bool:
+def reaches(order: Order, edges: dict[int, set[int]], first: int, second: int) -> bool:
     """Whether `first` is done before `second`, by the order, by these edges, or by both in turn."""
-
-    def not_after(a: int, b: int) -> bool:
-        return a == b or order.happens_before(a, b)
-
-    if (first, second) in edges:
+    happens_before = order.happens_before
+    direct = edges.get(first, ())
+    if second in direct or any(happens_before(target, second) for target in direct) or happens_before(first, second):
         return True
-    reached, rest = [first], list(edges)
+    reached, rest = [first], edges
     while reached:
         part = reached.pop()
-        usable = [edge for edge in rest if not_after(part, edge[0])]
-        if any(not_after(edge[1], second) for edge in usable):
+        usable = {source for source in rest if source == part or happens_before(part, source)}
+        targets = {target for source in usable for target in rest[source]}
+        if second in targets or any(happens_before(target, second) for target in targets):
             return True
-        rest = [edge for edge in rest if edge not in usable]
-        reached += {edge[1] for edge in usable}
+        rest = {source: found for source, found in rest.items() if source not in usable}
+        reached += targets
     return False
 
 

@@ -141,13 +141,13 @@ def check_values(graph: TaskGraph, events: Events, schedule: Schedule) -> None:
             raise MalformedScheduleError(f"event {use.event} does not exist; derive the events of this graph again")
     writer = writers_of(graph)
     for index, task in enumerate(graph.tasks):
-        for name in _looks_at(task, index, events):
+        for name in sorted(_looks_at(task, index, events)):
             if writer[name] > index:
                 raise MalformedScheduleError(
                     f"{graph.task_name(index)} looks at {name}, which {graph.task_name(writer[name])} writes later in"
                     " the program; put the writer first"
                 )
-        for name in {use.guard.value for use in events.signal_if.get(index, ())}:
+        for name in sorted({use.guard.value for use in events.signal_if.get(index, ())}):
             if not knows(graph, task, name):
                 raise MalformedScheduleError(
                     f"{graph.task_name(index)} signals by {name} without reading it; add its element to the reads"
