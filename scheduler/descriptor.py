@@ -52,6 +52,7 @@ from .ready import (
     SLOT_STRIDE,
 )
 from .tables import UseTables
+from .timing import WORKER_RECORDS
 
 EVENT_STRIDE = 32  # int32 counters between two events: a 128-byte line each, so that they do not contend
 WORD_MASK = (1 << 32) - 1
@@ -199,7 +200,9 @@ def pack(
             POOL_DRAWN: size + schedule.num_entries(pool),
             POOL_SLOTS: counters.slots(pool),
             POOL_SIZE: size,
-            POOL_RECORD: num_queued + sum(map(len, schedule.pools[:pool])),
+            POOL_RECORD: num_queued
+            + sum(map(len, schedule.pools[:pool]))
+            + (WORKER_RECORDS.value * len(schedule.queues) << 32),
             POOL_NAME: -1 - worker - (pool + 1) * STUCK_IN_POOL,
         }
         for word, value in fields.items():

@@ -654,6 +654,7 @@ def profile(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     num_workers: NumWorkersOption = None,
+    policy: PolicyOption = "static",
     wait_bound_s: WaitBoundOption = 10.0,
     revision: RevisionOption = None,
     cache_dir: CacheDirOption = None,
@@ -683,7 +684,7 @@ def profile(
     hub = hub_options(revision, cache_dir, local_files_only)
     lm = profiled_model(
         model, geometry, hub, context + steps, dtype=dtype, device=device, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=progress,
+        wait_bound_s=wait_bound_s, policy=policy, progress=progress,
     )  # fmt: skip
     with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
         lm.compile()

@@ -405,8 +405,6 @@ class PersistentKernel:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
             dynamic = [call for call in self.calls if call.policy is Policy.DYNAMIC]
-            if dynamic and self.profile:
-                raise NotImplementedError(f"{dynamic[0].label} is dynamic; a kernel with time stamps is static so far")
             # a ring brings weights in an order that is known beforehand
             has_order = not any(t in streamed for call in dynamic for t in call.tensors.values())
             constants = kernel_constants(
