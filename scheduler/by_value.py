@@ -55,8 +55,8 @@ def signal_by_value(value, table, event_ptr, PORTABLE: tl.constexpr):
                 tl.inline_asm_elementwise(
                     """{
                     .reg .pred p; .reg .u32 tid;
-                    bar.sync 0; mov.u32 tid, %tid.x; setp.eq.u32 p, tid, 0;
-                    @p red.release.gpu.global.add.u32 [$1], 1;
+                    bar.sync 0; mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0;
+                    @!p red.release.gpu.global.add.u32 [$1], 1;
                     mov.u32 $0, 0;
                     }""",
                     "=r,l",

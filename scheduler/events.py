@@ -81,19 +81,14 @@ def _derive(draft: Draft) -> None:
     """Per task the tasks it conflicts with, but for those that a later writer of the same region hides."""
     graph = draft.graph
     written = {region.tensor for task in graph.tasks for region in task.writes}
-    guarded, announced = guarded_tensors(graph), announcers(graph)
+    by_value = _ByValue(draft)
     histories: dict[str, AccessHistory] = defaultdict(AccessHistory)
-    guarded_histories: dict[str, GuardedHistory] = defaultdict(GuardedHistory)
-    so_far = WaitsSoFar()
     ancestors_of: dict[int, int] = {}  # equal sets share one object
-    before_each: list[int] = []  # per task, if there are values
     for index, task in enumerate(graph.tasks):
         reads = [r for r in task.reads if r.tensor in written and not is_empty(r.box)]
         writes = [r for r in task.writes if not is_empty(r.box)]
-        by_value: list[tuple[Region, bool]] = []
-        if guarded:
-            by_value = [(r, kind) for kind, side in enumerate((reads, writes)) for r in side if r.tensor in guarded]
-            reads, writes = ([r for r in side if r.tensor not in guarded] for side in (reads, writes))
+        if by_value.tensors:
+            reads, writes = by_value.take(reads, writes)
         needed = implied = 0
         for region in reads:
             direct, beyond = histories[region.tensor].before_read(region.box)
@@ -105,45 +100,71 @@ def _derive(draft: Draft) -> None:
             overwritten.append(entries)
             needed |= direct
             implied |= beyond
-        conditional = []
-        for region, is_write in by_value:
-            direct, beyond, some = guarded_histories[region.tensor].before(region, is_write)
-            needed |= direct
-            implied |= beyond
-            conditional += some
-        if conditional:
-            before = needed | implied
-            rest = [(t, g) for t, g, own in conditional if not (before >> t & 1 or so_far.imply(t, (g, own), before))]
-            needed |= _by_value(draft, index, rest, announced, so_far)
-            for producer, guard in draft.signalled.get(index, ()):  # whoever signals comes after who announces
-                announcer = announced[guard.value]
-                if before_each[producer] >> announcer & 1:
-                    implied |= before_each[announcer] | 1 << announcer
+        if by_value.tensors:
+            needed, implied = by_value.needs(index, needed, implied)
         ancestors = ancestors_of.setdefault(needed & ~implied, needed | implied)
-        if guarded:
-            before_each.append(ancestors)
         for region, entries in zip(writes, overwritten, strict=True):
             histories[region.tensor].record_write(region.box, entries, index, ancestors)
         for region in reads:
             if region not in writes:  # its own write stands for the read
                 histories[region.tensor].record_read(region.box, index, ancestors)
-        for region, is_write in sorted(by_value, key=lambda pair: pair[1], reverse=True):
-            guarded_histories[region.tensor].record(region, is_write, index, ancestors)
+        if by_value.tensors:
+            by_value.record(index, ancestors)
         draft.direct.append(needed)
         draft.implied.append(implied)
 
 
-def _by_value(
-    draft: Draft, task: int, conditional: list[Conditional], announced: dict[str, int], so_far: WaitsSoFar
-) -> int:
-    """Notes how a task waits for what it needs in some steps; returns what it waits for in all of them instead."""
-    found = resolve(draft.graph, task, conditional, announced)
-    so_far.add(task, found)
-    if found.signals:
-        draft.signalled[task] = found.signals
-    if waits := [wait for pairs in found.waits.values() for wait in by_number(pairs)]:
-        draft.awaited[task] = waits
-    return found.always
+class _ByValue:
+    """`_derive`, for the tensors with regions that values guard."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self.tensors = guarded_tensors(draft.graph)
+        self.announced = announcers(draft.graph)
+        self.histories: dict[str, GuardedHistory] = defaultdict(GuardedHistory)
+        self.so_far = WaitsSoFar()
+        self.ancestors: list[int] = []  # per task
+        self.regions: list[tuple[Region, bool]] = []  # of the present task, and whether it writes them
+
+    def take(self, reads: list[Region], writes: list[Region]) -> tuple[list[Region], list[Region]]:
+        """Returns the regions of other tensors."""
+        sides = (writes, True), (reads, False)  # own writes are recorded first: they make older accesses forgotten
+        self.regions = [(r, is_write) for side, is_write in sides for r in side if r.tensor in self.tensors]
+        return [r for r in reads if r.tensor not in self.tensors], [r for r in writes if r.tensor not in self.tensors]
+
+    def needs(self, task: int, needed: int, implied: int) -> tuple[int, int]:
+        """Adds what this task needs because of those regions, and notes what it needs in some steps."""
+        conditional = []
+        for region, is_write in self.regions:
+            direct, beyond, some = self.histories[region.tensor].before(region, is_write)
+            needed |= direct
+            implied |= beyond
+            conditional += some
+        if not conditional:
+            return needed, implied
+        before, imply = needed | implied, self.so_far.imply
+        rest = [(t, guard) for t, guard, own in conditional if not (before >> t & 1 or imply(t, (guard, own), before))]
+        found = resolve(self.draft.graph, task, rest, self.announced)
+        self.so_far.add(task, found)
+        if found.signals:
+            self.draft.signalled[task] = found.signals
+        if waits := [wait for pairs in found.waits.values() for wait in by_number(pairs)]:
+            self.draft.awaited[task] = waits
+        return needed | found.always, implied | self._before_signals(found.signals)
+
+    def _before_signals(self, signals: tuple[Conditional, ...]) -> int:
+        """Who signals by a value comes after who announces it, and so does whoever waits for that."""
+        implied = 0
+        for producer, guard in signals:
+            announcer = self.announced[guard.value]
+            if self.ancestors[producer] >> announcer & 1:
+                implied |= self.ancestors[announcer] | 1 << announcer
+        return implied
+
+    def record(self, task: int, ancestors: int) -> None:
+        self.ancestors.append(ancestors)
+        for region, is_write in self.regions:
+            self.histories[region.tensor].record(region, is_write, task, ancestors)
 
 
 def _reduce(draft: Draft) -> None:

@@ -119,7 +119,7 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule, max_combination
     if graph.values:
         check_values(graph, events, schedule)
     num_unused_signals = _check_counts(graph, events)
-    numbers = representatives(graph, events)
+    numbers = representatives(graph, events) if graph.values else {}
     num_steps = num_combinations(numbers)
     if num_steps <= max_combinations or not graph.values:
         checks = [_check_step(graph, events, schedule, chosen) for chosen in combinations(numbers)]

@@ -243,7 +243,7 @@ dims = (5, 32), (4, 32), (4, 32, 32)
 mpk, _ = experts.build(*(torch.empty(d, device="meta") for d in dims), num_workers=8)
 kernel = compile_for(write_source(mpk.plan().source), "sm_90")
 ptx = kernel.asm["ptx"]
-print(json.dumps(resources(kernel) | {"by_thread": ptx.count("@p red.release.gpu.global.add.u32")}))
+print(json.dumps(resources(kernel) | {"by_thread": ptx.count("@!p red.release.gpu.global.add.u32")}))
 """
 
 
