@@ -17,7 +17,7 @@ from enum import Enum
 import torch
 from triton.runtime.jit import JITFunction
 
-from tri_mpk.scheduler.graph import Region, Task
+from tri_mpk.scheduler.graph import Region, Task, Value
 
 KERNEL_PARAMETERS = (
     "task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "step", "step_ptr", "ring",
@@ -79,6 +79,7 @@ class Cut:
     constants: dict[str, object]
     pointers: dict[str, TensorHandle]  # pointer field -> the tensor whose element type it has
     tasks: list[Task] = field(default_factory=list)
+    values: dict[str, Value] = field(default_factory=dict)  # that its tasks write, or read as others left them
 
 
 class Policy(Enum):

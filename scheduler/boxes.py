@@ -13,8 +13,13 @@ def is_empty(box: Box) -> bool:
 
 def intersect(a: Box, b: Box) -> Box | None:
     """The common part, or None: `((0, 4),)` and `((2, 8),)` share `((2, 4),)`, `()` meets `()`."""
-    common = tuple((max(a_lo, b_lo), min(a_hi, b_hi)) for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b, strict=True))
-    return None if is_empty(common) else common
+    common = []
+    for (a_lo, a_hi), (b_lo, b_hi) in zip(a, b, strict=True):
+        lo, hi = a_lo if a_lo > b_lo else b_lo, a_hi if a_hi < b_hi else b_hi
+        if lo >= hi:
+            return None
+        common.append((lo, hi))
+    return tuple(common)
 
 
 def subtract(a: Box, b: Box) -> list[Box]:

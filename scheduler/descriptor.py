@@ -19,7 +19,18 @@ from .device import (
     TASK_WAIT,
     TASK_WAIT_COUNT,
 )
-from .graph import MAX_SIGNALS, STEP_EVENT, Address, Events, Schedule, TaskGraph, WeightStream, pool_entry
+from .graph import (
+    MAX_SIGNALS,
+    STEP_EVENT,
+    Address,
+    Events,
+    EventUse,
+    Schedule,
+    TaskGraph,
+    Value,
+    WeightStream,
+    pool_entry,
+)
 from .pools import releases
 from .ready import (
     POOL_DRAWN,
@@ -40,6 +51,8 @@ from .ready import (
     RELEASES,
     SLOT_STRIDE,
 )
+from .tables import UseTables
+from .timing import WORKER_RECORDS
 
 EVENT_STRIDE = 32  # int32 counters between two events: a 128-byte line each, so that they do not contend
 WORD_MASK = (1 << 32) - 1
@@ -64,19 +77,23 @@ class PackedQueues:
 
 
 class CounterLayout:
-    """What lies where in the array of counters: a line per event, then of each pool tickets, tasks released, slots."""
+    """What lies where in the array of counters: a line per event, then of each pool tickets, tasks released, slots.
 
-    def __init__(self, events: Events, schedule: Schedule) -> None:
+    Behind those are the tables of who waits or signals by a value.
+    """
+
+    def __init__(self, events: Events, schedule: Schedule, values: dict[str, Value] | None = None) -> None:
         self.events, self.schedule = events, schedule
         self.release = {release.event: release for release in releases(events, schedule.pools)}
         self.starts = [len(events.events) * EVENT_STRIDE]
         for tasks in schedule.pools:
             lines = 2 + -(-len(tasks) * SLOT_STRIDE.value // EVENT_STRIDE)
             self.starts.append(self.starts[-1] + lines * EVENT_STRIDE)
+        self.tables = UseTables(events, values or {}, self.starts[-1], EVENT_STRIDE)
 
     @property
     def size(self) -> int:
-        return self.starts[-1]
+        return self.starts[-1] + len(self.tables.words)
 
     def tickets(self, pool: int) -> int:
         return self.starts[pool]
@@ -113,6 +130,7 @@ class CounterLayout:
             counters[self.released(pool)] = (epoch - 1) * len(tasks)
             slots = self.slots(pool) + SLOT_STRIDE.value * np.arange(len(tasks))
             counters[slots] = (epoch - 1) * len(tasks)
+        counters[self.starts[-1] :] = self.tables.array()
         return ((counters + (1 << 31)) % (1 << 32) - (1 << 31)).astype(np.int32)
 
 
@@ -131,7 +149,8 @@ def pack(
     """
     num_queued = sum(max(1, len(queue)) for queue in schedule.queues)
     num_records = num_queued + sum(map(len, schedule.pools))
-    counters = CounterLayout(events, schedule)
+    counters = CounterLayout(events, schedule, graph.values)
+    counters.tables.check_fields(graph)
     words = np.zeros((num_records, task_words), dtype=np.int64)
     starts = np.zeros(len(schedule.queues) + 1, dtype=np.int32)
     tensor_index: dict[str, int] = {}
@@ -163,7 +182,8 @@ def pack(
             words[i, TASK_WAIT_COUNT.value] = events.events[event].count
         put_signals(i, events.signals[task_idx], graph.task_name(task_idx))
         for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
-            put(i, word, task.fields[name])
+            value = task.fields[name]
+            put(i, word, counters.tables.place(task_idx, value) if isinstance(value, EventUse) else value)
 
     def put_signals(i: int, targets: list[int], who: str) -> None:
         signals = [e * EVENT_STRIDE + RELEASES.value * (e in counters.release) for e in targets]
@@ -180,7 +200,9 @@ def pack(
             POOL_DRAWN: size + schedule.num_entries(pool),
             POOL_SLOTS: counters.slots(pool),
             POOL_SIZE: size,
-            POOL_RECORD: num_queued + sum(map(len, schedule.pools[:pool])),
+            POOL_RECORD: num_queued
+            + sum(map(len, schedule.pools[:pool]))
+            + (WORKER_RECORDS.value * len(schedule.queues) << 32),
             POOL_NAME: -1 - worker - (pool + 1) * STUCK_IN_POOL,
         }
         for word, value in fields.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
-from .events import derive_events
-from .graph import STEP_EVENT, Box, Event, Events, Region, Task, TaskGraph, TensorInfo
+from .events import derive_events, event_tensors
+from .graph import STEP_EVENT, Box, Event, Events, Guard, Region, Task, TaskGraph, TensorInfo, Value
 
 HEADS = 8
 NUM_WORKERS = 132
@@ -80,7 +81,46 @@ def butterfly_events(graph: TaskGraph, log2_width: int) -> Events:
                 wait[task] = len(events)
             events.append(Event(producers, consumers, 2))
     num_fused = len(events) - 1
-    return Events(events, wait, signals, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0)
+    tensors = event_tensors(graph, events)
+    return Events(events, wait, signals, tensors=tensors, num_pairs=4 * num_fused, max_pairs=2 if num_fused else 0)
+
+
+def experts_graph(num_layers: int, num_tokens: int, num_experts: int, num_tiles: int) -> TaskGraph:
+    """Mixtures of experts: a router gives each token the id of an expert, of which each has `num_tiles` tasks.
+
+    dispatch -> expert is signalled by id, expert -> combine is waited for by id. All layers share their buffers.
+    """
+    row: Box = ((0, num_tokens),)
+    graph = TaskGraph(
+        tensors={"x": TensorInfo((num_tokens,), True), "ids": TensorInfo((num_layers, num_tokens), False)}
+    )
+    graph.tensors |= {"xin": TensorInfo((num_tokens,), False), "y": TensorInfo((num_tokens, num_tiles), False)}
+
+    def add(name: str, tile: tuple[int, ...], reads: list[Region], writes: list[Region], **more: tuple) -> None:
+        if graph.ops[-1:] != [name]:
+            graph.ops.append(name)
+        graph.tasks.append(Task(len(graph.ops) - 1, tile, tuple(reads), tuple(writes), 1 << 20, **more))
+
+    for layer in range(num_layers):
+        label, names = f"L{layer:02}", [f"id{layer}.{token}" for token in range(num_tokens)]
+        ids = [Region("ids", ((layer, layer + 1), (t, t + 1))) for t in range(num_tokens)]
+        graph.values |= {name: Value(cell, 0, num_experts) for name, cell in zip(names, ids, strict=True)}
+        add(f"{label} router", (0,), [Region("x", row)], ids, announces=tuple(names))
+        for t in range(num_tokens):
+            one = (t, t + 1)
+            taken = [Region("xin", (one,)), Region("y", (one, (0, num_tiles)))]
+            add(f"{label} dispatch", (t,), [Region("x", (one,)), ids[t]], taken)
+        for e, j in itertools.product(range(num_experts), range(num_tiles)):
+            reads, writes = list(ids), []
+            for t, name in enumerate(names):
+                chosen = Guard(name, e, e + 1)
+                reads.append(Region("xin", ((t, t + 1),), chosen))
+                writes.append(Region("y", ((t, t + 1), (j, j + 1)), chosen))
+            add(f"{label} expert", (e, j), reads, writes)
+        for t in range(num_tokens):
+            one = (t, t + 1)
+            add(f"{label} combine", (t,), [ids[t], Region("y", (one, (0, num_tiles)))], [Region("x", (one,))])
+    return graph
 
 
 def large_graphs(num_tasks: int) -> Iterator[tuple[str, TaskGraph, Events]]:
@@ -92,3 +132,6 @@ def large_graphs(num_tasks: int) -> Iterator[tuple[str, TaskGraph, Events]]:
     num_stages = -(-num_tasks // (1 << log2_width))
     graph = butterfly_graph(num_stages, log2_width)
     yield f"butterfly of {num_stages} stages", graph, butterfly_events(graph, log2_width)
+    num_layers = -(-num_tasks // (1 + 4 + 16 * 8 + 4))
+    graph = experts_graph(num_layers, num_tokens=4, num_experts=16, num_tiles=8)
+    yield f"experts of {num_layers} layers", graph, derive_events(graph)

@@ -130,6 +130,10 @@ def explore(graph: TaskGraph, events: Events, schedule: Schedule, max_states: in
     precedes it in the program. Step overlap: a worker begins a step before every task of the last one is done; nothing
     is looked at beyond that. Unwritten read: the program itself reads what it has not written.
     """
+    if graph.values:
+        from .explore_values import explore_values  # which imports this module
+
+        return explore_values(graph, events, schedule, max_states)
     machine = Machine(events, schedule)
     earlier = _earlier_conflicts(graph)
     faults: set[type[ScheduleError]] = {UnwrittenReadError} if reads_unwritten(graph) else set()

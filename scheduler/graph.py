@@ -12,15 +12,65 @@ Box = tuple[tuple[int, int], ...]  # half-open interval per dimension
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """Holds in the steps in which lo <= value < hi; with `absent`, in all other steps. `value` names a `Value`."""
+
+    value: str
+    lo: int
+    hi: int
+    absent: bool = False
+
+    def holds(self, number: int) -> bool:
+        return (self.lo <= number < self.hi) != self.absent
+
+    def __str__(self) -> str:
+        return f"{'not ' * self.absent}{self.lo} <= {self.value} < {self.hi}"
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """A box of one tensor. Two regions conflict when they name the same tensor and their boxes intersect.
 
     The coordinates are the op's own as long as all ops that touch the tensor agree on them: the KV cache, for example,
     is addressed as (kv_head, split), because which rows a split owns is known only at run time.
+
+    A region with a guard is touched only in steps in which that holds. A tile that has work when there are more than 3
+    is guarded by 4 <= num_tiles; a row that an expert id names is one region per id, each guarded by its id.
     """
 
     tensor: str
     box: Box
+    guard: Guard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A number that is known only when a step runs, at least `lo` and less than `hi`: an int32 of a tensor.
+
+    At most one task writes it, in every step, before anybody reads it in program order.
+    """
+
+    region: Region  # its one element
+    lo: int
+    hi: int
+
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before it."""
+        *outer, (offset, _) = self.region.box
+        assert all(lo == 0 for lo, _ in outer), f"{self.region} is not in the first row of its tensor"
+        return offset
+
+
+@dataclass(frozen=True, slots=True)
+class EventUse:
+    """In a field of a task: the place of the table by which its tile function waits or signals by a value.
+
+    `kind` is the device function that takes the place: "wait", "signal" or, for all values it announces, "announce".
+    """
+
+    kind: str
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +104,9 @@ class Task:
     writes: tuple[Region, ...]
     cost_bytes: int
     variant: int = 0  # branch of the generated kernel
-    fields: dict[str, int | Address] = field(default_factory=dict)
+    fields: dict[str, int | Address | EventUse] = field(default_factory=dict)
     stream: WeightStream | None = None
+    announces: tuple[str, ...] = ()  # values of which it gives the signals of those who are absent
 
 
 @dataclass(slots=True)
@@ -71,6 +122,7 @@ class TaskGraph:
     ops: list[str] = field(default_factory=list)  # names for people, e.g. "L03 gate_up", in program order
     tasks: list[Task] = field(default_factory=list)  # program order
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)  # that guards may ask for
 
     def task_name(self, task: int) -> str:
         """`L03 gate_up t17`"""
@@ -80,11 +132,40 @@ class TaskGraph:
 
 @dataclass(slots=True)
 class Event:
-    """A counter that `producers` each increment once per step and `consumers` wait for: epoch * len(producers)."""
+    """A counter that gets `count` increments in every step and that consumers wait for: epoch * count.
 
-    producers: list[int]
-    consumers: list[int]
-    count: int  # increments a consumer waits for, per step; equal to len(producers) in every schedule we make
+    Producers each give one. Where some are guarded, whoever announces the value gives those of the absent, so that the
+    sum does not depend on values and no counter is ever reset.
+    """
+
+    producers: list[int]  # guarded ones and those who announce included
+    consumers: list[int]  # guarded ones included
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedEvent:
+    """An event that a task waits for or signals in the steps in which the guard holds."""
+
+    event: int
+    guard: Guard
+
+
+@dataclass(frozen=True, slots=True)
+class EventTensor:
+    """The events of one edge of the op graph: counters `first` to `first + size - 1`, in the order of consumers.
+
+    Where a value is the coordinate, `first + stride * value` is the counter. Other coordinates are constants, folded
+    into the descriptors: a static wait is a counter's number.
+    """
+
+    producer: str  # ops, as in TaskGraph.ops
+    consumer: str
+    first: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.producer} -> {self.consumer} [{self.size}]"
 
 
 @dataclass(slots=True)
@@ -98,8 +179,20 @@ class Events:
     events: list[Event]
     wait: list[int]
     signals: list[list[int]]
+    wait_if: dict[int, list[GuardedEvent]] = field(default_factory=dict)  # after `wait`, in the same step
+    signal_if: dict[int, list[GuardedEvent]] = field(default_factory=dict)
+    tensors: list[EventTensor] = field(default_factory=list)  # all events but the step event
     num_pairs: int = 0  # (producer, consumer) pairs of tasks that had to be ordered, before sets of them were fused
     max_pairs: int = 0  # the most of one consumer
+
+    def may_wait(self, task: int) -> list[int]:
+        """Events that a task waits for, in all steps or in some."""
+        static = [self.wait[task]] if self.wait[task] >= 0 and self.events[self.wait[task]].count > 0 else []
+        return [*static, *(use.event for use in self.wait_if.get(task, ()))]
+
+    def may_signal(self, task: int) -> list[int]:
+        """Events that a task signals, in all steps or in some."""
+        return [*self.signals[task], *dict.fromkeys(use.event for use in self.signal_if.get(task, ()))]
 
 
 STEP_EVENT = 0

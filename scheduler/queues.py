@@ -25,13 +25,15 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     works with any derived events.
 
     Of the ops in `dynamic`, workers run the tasks as these become ready. Ops that follow each other share a pool. A
-    task that waits for nothing has no event to become ready by, and stays in a queue.
+    task that waits for nothing has no event to become ready by, and stays in a queue; so does one that waits by a
+    value.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not supported; choose at least 1")
     tasks_of_op: dict[int, list[int]] = defaultdict(list)
+    by_value = {use.event for uses in events.signal_if.values() for use in uses}
     for index, task in enumerate(graph.tasks):
-        if task.op not in dynamic or events.wait[index] < 0:
+        if task.op not in dynamic or not _can_be_released(events, index, by_value):
             tasks_of_op[task.op].append(index)
     queues: list[list[int]] = [[] for _ in range(num_workers)]
     total = [0] * num_workers
@@ -46,6 +48,10 @@ def schedule(graph: TaskGraph, events: Events, num_workers: int, dynamic: Collec
     if not dynamic:
         return Schedule(queues)
     return _with_pools(graph, events, queues, sorted(dynamic))
+
+
+def _can_be_released(events: Events, task: int, by_value: set[int]) -> bool:
+    return events.wait[task] >= 0 and events.wait[task] not in by_value and task not in events.wait_if
 
 
 def _with_pools(graph: TaskGraph, events: Events, queues: list[list[int]], dynamic: list[int]) -> Schedule:

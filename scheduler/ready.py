@@ -27,7 +27,8 @@ POOL_TICKETS = tl.constexpr(10)  # counter of tickets taken
 POOL_DRAWN = tl.constexpr(11)  # tickets that are taken in a step: one per task and one per worker
 POOL_SLOTS = tl.constexpr(12)  # first slot
 POOL_SIZE = tl.constexpr(13)  # tasks
-POOL_RECORD = tl.constexpr(14)  # first task's descriptor, of all in queue_ptr
+POOL_RECORD = tl.constexpr(14)  # first task's descriptor, of all in queue_ptr; upper half: how much later its record
+# of time stamps comes among those of a step
 POOL_NAME = tl.constexpr(15)  # what a wait for a task of the pool is called
 
 # Words (int32) behind the counter of an event that releases tasks. Signals to it have RELEASES set in their index.

@@ -10,14 +10,27 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import CountError, DeadlockError, ScheduleError, StepOverlapError
 from .events import TooManySignals, derive_events
 from .explore import Exploration, explore
-from .graph import MAX_SIGNALS, STEP_EVENT, Box, Events, Region, Schedule, Task, TaskGraph, TensorInfo
+from .graph import (
+    MAX_SIGNALS,
+    STEP_EVENT,
+    Box,
+    Events,
+    Guard,
+    GuardedEvent,
+    Region,
+    Schedule,
+    Task,
+    TaskGraph,
+    TensorInfo,
+    Value,
+)
 from .queues import schedule
-from .verify import verify
+from .verify import MAX_COMBINATIONS, verify
 
 MAX_TASKS = 7  # of a random graph: some hundred states to explore
 MAX_WORKERS = 3
@@ -41,6 +54,7 @@ class Judgement:
     case: Case
     error: ScheduleError | None
     exploration: Exploration
+    may_refuse: bool = False  # what is safe: where values are proved one at a time
 
     @property
     def is_safe(self) -> bool:
@@ -53,7 +67,9 @@ class Judgement:
         A wrong count may show as any fault, and where some workers wait for ever, others may run on into the next step.
         """
         if self.error is None or self.is_safe:
-            return self.error is None and self.is_safe
+            return self.is_safe and (self.error is None or self.may_refuse)
+        if self.may_refuse:
+            return True
         faults = self.exploration.faults
         if isinstance(self.error, DeadlockError):
             return not faults.isdisjoint({DeadlockError, StepOverlapError})
@@ -65,18 +81,22 @@ class Judgement:
         return f"case {self.case.number} ({self.case.mutation}): verify {verdict}; exploring it finds {found}"
 
 
-def self_check(num_cases: int, seed: int, dynamic: bool = False) -> Iterator[Judgement]:
-    """Judge `num_cases` random cases, one after another; with `dynamic`, of schedules with pools."""
-    return (judge(random_case(seed, number, dynamic)) for number in range(num_cases))
+def self_check(
+    num_cases: int, seed: int, dynamic: bool = False, values: bool = False, apart: bool = False
+) -> Iterator[Judgement]:
+    """Judge `num_cases` random cases, one after another; with `dynamic`, of schedules with pools; with `values`, of
+    graphs whose regions, waits and signals depend on numbers of the step; with `apart`, by one value at a time.
+    """
+    return (judge(random_case(seed, number, dynamic, values), apart) for number in range(num_cases))
 
 
-def judge(case: Case) -> Judgement:
+def judge(case: Case, apart: bool = False) -> Judgement:
     error = None
     try:
-        verify(case.graph, case.events, case.schedule)
+        verify(case.graph, case.events, case.schedule, 0 if apart else MAX_COMBINATIONS)
     except ScheduleError as caught:
         error = caught
-    return Judgement(case, error, explore(case.graph, case.events, case.schedule))
+    return Judgement(case, error, explore(case.graph, case.events, case.schedule), apart)
 
 
 @dataclass(slots=True)
@@ -103,21 +123,22 @@ class Tally:
 # ---- random graphs ----
 
 
-def random_case(seed: int, number: int, dynamic: bool = False) -> Case:
+def random_case(seed: int, number: int, dynamic: bool = False, values: bool = False) -> Case:
     rng = random.Random(f"{seed}/{number}")
-    names = list(MUTATIONS)
+    mutations = MUTATIONS | VALUE_MUTATIONS if values else MUTATIONS
+    names = list(mutations)
     mutation = ["none", *names, "several"][number % (len(names) + 2)]
-    num_tasks, num_workers = rng.randint(2, MAX_TASKS), rng.randint(1, MAX_WORKERS)
-    graph, events, queues = random_schedule(rng, num_tasks, num_workers, dynamic)
+    num_tasks, num_workers = rng.randint(2, MAX_TASKS - values), rng.randint(1, MAX_WORKERS)
+    graph, events, queues = random_schedule(rng, num_tasks, num_workers, dynamic, values)
     case = Case(number, mutation, graph, events, queues)
     several = [rng.choice(names) for _ in range(rng.randint(2, 3))]
     for name in {"none": [], "several": several}.get(mutation, [mutation]):
-        MUTATIONS[name](rng, case)
+        mutations[name](rng, case)
     return case
 
 
 def random_schedule(
-    rng: random.Random, num_tasks: int, num_workers: int, dynamic: bool = False
+    rng: random.Random, num_tasks: int, num_workers: int, dynamic: bool = False, values: bool = False
 ) -> tuple[TaskGraph, Events, Schedule]:
     """A random graph with its derived events and queues. All are sound, but for reads of what nobody wrote.
 
@@ -125,12 +146,48 @@ def random_schedule(
     """
     while True:
         graph = random_graph(rng, num_tasks)
+        if values:
+            add_values(rng, graph)
         try:
             events = derive_events(graph)
         except TooManySignals:
             continue
+        if values and not (events.wait_if or events.signal_if) and rng.random() < 0.9:
+            continue
         ops = [op for op in range(len(graph.ops)) if dynamic and rng.random() < 0.7]
         return graph, events, schedule(graph, events, num_workers, ops)
+
+
+def add_values(rng: random.Random, graph: TaskGraph) -> None:
+    """One or two values, written by a first task or known before the step; regions that they guard; who reads them."""
+    names = ["n", "e"][: rng.randint(1, 2)]
+    written = rng.random() < 0.7
+    graph.tensors["v"] = TensorInfo((len(names),), not written or rng.random() < 0.1)
+    for i, name in enumerate(names):
+        graph.values[name] = Value(Region("v", ((i, i + 1),)), 0, rng.randint(2, 3) if i == 0 else 2)
+    first = graph.tasks[0]
+    whole = Region("v", ((0, len(names)),))
+    if written:
+        first.writes += (whole,)
+    else:
+        first.reads += (whole,)
+    first.announces = tuple(name for name in names if rng.random() < 0.7)
+    for task in graph.tasks[1:]:
+        cells = tuple(graph.values[name].region for name in names if rng.random() < 0.6)
+        task.reads, task.writes = (tuple(_guarded(rng, graph, r) for r in side) for side in (task.reads, task.writes))
+        task.reads += cells
+
+
+def _guarded(rng: random.Random, graph: TaskGraph, region: Region) -> Region:
+    if rng.random() < 0.35:
+        return region
+    return replace(region, guard=_random_guard(rng, graph))
+
+
+def _random_guard(rng: random.Random, graph: TaskGraph, absent: bool = False) -> Guard:
+    name = rng.choice(list(graph.values))
+    lo = rng.randint(0, graph.values[name].hi - 1)
+    return Guard(name, lo, rng.randint(lo + 1, graph.values[name].hi), absent)
 
 
 def random_graph(rng: random.Random, num_tasks: int) -> TaskGraph:
@@ -271,6 +328,88 @@ MUTATIONS: dict[str, Callable[[random.Random, Case], None]] = {
         remove_wait, redirect_wait, remove_event, swap_tasks, move_task, alias_regions, change_regions,
     )
 }  # fmt: skip
+
+
+# ---- mutations of what depends on values ----
+
+
+def drop_guarded_signal(rng: random.Random, case: Case) -> None:
+    """A task no longer signals an event by a value."""
+    _drop_one(rng, case.events.signal_if)
+
+
+def drop_guarded_wait(rng: random.Random, case: Case) -> None:
+    """A task no longer waits for an event by a value."""
+    _drop_one(rng, case.events.wait_if)
+
+
+def change_guarded_signal(rng: random.Random, case: Case) -> None:
+    """A signal is given for other numbers."""
+    _change_one(rng, case.events.signal_if, lambda old: GuardedEvent(old.event, _other_guard(rng, case, old.guard)))
+
+
+def change_guarded_wait(rng: random.Random, case: Case) -> None:
+    """A task waits for other numbers."""
+    _change_one(rng, case.events.wait_if, lambda old: GuardedEvent(old.event, _other_guard(rng, case, old.guard)))
+
+
+def redirect_by_value(rng: random.Random, case: Case) -> None:
+    """A value leads to another counter of the event tensor, or of another one."""
+    uses = rng.choice([case.events.signal_if, case.events.wait_if])
+    event = rng.randrange(len(case.events.events))
+    _change_one(rng, uses, lambda old: GuardedEvent(event, old.guard))
+
+
+def change_region_guard(rng: random.Random, case: Case) -> None:
+    """A task touches a region for other numbers."""
+    tasks = case.graph.tasks
+    task = tasks[_random_task(rng, case, lambda t: any(r.guard for r in (*tasks[t].reads, *tasks[t].writes)))]
+    side = rng.choice([name for name in ("reads", "writes") if any(r.guard for r in getattr(task, name))] or ["reads"])
+    regions = list(getattr(task, side))
+    for i in rng.sample(range(len(regions)), len(regions)):
+        if regions[i].guard is not None:
+            guard = None if rng.random() < 0.3 else _other_guard(rng, case, regions[i].guard)
+            regions[i] = replace(regions[i], guard=guard)
+            break
+    setattr(task, side, tuple(regions))
+
+
+def announce_twice(rng: random.Random, case: Case) -> None:
+    """A task gives an event's signal whatever the value is, which is then one too many."""
+    guarded = [use.event for uses in case.events.signal_if.values() for use in uses]
+    if guarded:
+        _add_signal(rng, case, rng.choice(guarded))
+
+
+VALUE_MUTATIONS: dict[str, Callable[[random.Random, Case], None]] = {
+    mutation.__name__: mutation
+    for mutation in (
+        drop_guarded_signal, drop_guarded_wait, change_guarded_signal, change_guarded_wait, redirect_by_value,
+        change_region_guard, announce_twice,
+    )
+}  # fmt: skip
+
+
+def _drop_one(rng: random.Random, uses: dict[int, list[GuardedEvent]]) -> None:
+    if uses:
+        some = rng.choice(list(uses.values()))
+        if some:
+            some.pop(rng.randrange(len(some)))
+
+
+def _change_one(
+    rng: random.Random, uses: dict[int, list[GuardedEvent]], change: Callable[[GuardedEvent], GuardedEvent]
+) -> None:
+    if uses:
+        some = rng.choice(list(uses.values()))
+        if some:
+            place = rng.randrange(len(some))
+            some[place] = change(some[place])
+
+
+def _other_guard(rng: random.Random, case: Case, old: Guard) -> Guard:
+    """Of the same value: whoever knows that may not know another."""
+    return replace(_random_guard(rng, case.graph, old.absent), value=old.value)
 
 
 def _random_task(rng: random.Random, case: Case, wanted: Callable[[int], bool] = lambda task: True) -> int:

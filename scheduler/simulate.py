@@ -3,13 +3,15 @@
 A worker's stream brings the weights of its tasks one after another at a constant rate, also while the worker waits,
 until its ring is full; a task multiplies weights as they come. The step starts with full rings, since its end, a few
 short tasks and hops, leaves time to fill them. No step is shorter than its bytes take.
+
+A task of a pool runs on the worker that is free first, of those that take part, in program order, and costs a ticket.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .graph import STEP_EVENT, Events, Schedule
+from .graph import STEP_EVENT, Events, Schedule, pool_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class WorkerRates:
     hop_s: float  # from an event's last signal to the first instruction behind a wait for it, in quiet memory
     queue_s: float  # a hop also waits behind the weights under way, at most for so long
     task_s: float  # of a task without weights: half of it before their first use, half after their last
+    ticket_s: float = 0.0  # of a task of a pool, more: its ticket, and a descriptor that is fetched only then
 
 
 @dataclass(slots=True)
@@ -51,8 +54,10 @@ class StepTime:
 
 def step_time(events: Events, schedule: Schedule, work: Work, rates: WorkerRates) -> StepTime:
     """Queues have to be in program order and events to point backwards in it, as `schedule` and `derive_events` do."""
-    loads = (sum(work.stream_bytes[t] + work.load_bytes[t] for t in queue) for queue in schedule.queues)
-    stream_s = max(loads, default=0) / rates.stream_bytes_per_s
+    loads = [sum(work.stream_bytes[t] + work.load_bytes[t] for t in queue) for queue in schedule.static_queues()]
+    pooled = sum(work.stream_bytes[t] + work.load_bytes[t] for tasks in schedule.pools for t in tasks)
+    most = max(max(loads, default=0), (sum(loads) + pooled) / max(len(loads), 1))  # pools fill up who has less
+    stream_s = most / rates.stream_bytes_per_s
     chain_s = _end_of_step(events, schedule, work, replace(rates, stream_bytes_per_s=float("inf")))
     end_s = _end_of_step(events, schedule, work, rates)
     return StepTime(max(stream_s, end_s), stream_s, chain_s)
@@ -60,19 +65,37 @@ def step_time(events: Events, schedule: Schedule, work: Work, rates: WorkerRates
 
 def _end_of_step(events: Events, schedule: Schedule, work: Work, rates: WorkerRates) -> float:
     """When the step event's waiters go on, if all workers start at 0."""
-    worker_of = {task: worker for worker, queue in enumerate(schedule.queues) for task in queue}
+    worker_of = {task: worker for worker, queue in enumerate(schedule.static_queues()) for task in queue}
+    takers = _takers(schedule)
     streams = [_Stream(rates) for _ in schedule.queues]
     signalled = [0.0] * len(events.events)  # the last signal of each event
     for task in range(len(events.wait)):
-        stream = streams[worker_of[task]]
+        if task in takers:
+            stream = min((streams[worker] for worker in takers[task]), key=lambda stream: stream.free)
+        else:
+            stream = streams[worker_of[task]]
         event = events.wait[task]
         ready = stream.hop(signalled[event]) if event >= 0 else 0.0
-        busy = rates.task_s + work.stream_slots[task] * rates.slot_s + work.latency_s[task]
+        busy = (
+            rates.task_s
+            + rates.ticket_s * (task in takers)
+            + work.stream_slots[task] * rates.slot_s
+            + work.latency_s[task]
+        )
         done = stream.run(ready, work.stream_bytes[task], work.load_bytes[task], busy)
         for signal in events.signals[task]:
             if done > signalled[signal]:
                 signalled[signal] = done
     return signalled[STEP_EVENT] + rates.hop_s
+
+
+def _takers(schedule: Schedule) -> dict[int, list[int]]:
+    """Per task of a pool the workers that may run it."""
+    found = {}
+    for pool, tasks in enumerate(schedule.pools):
+        workers = [w for w, queue in enumerate(schedule.queues) if pool_entry(pool) in queue]
+        found |= dict.fromkeys(tasks, workers)
+    return found
 
 
 class _Stream:

@@ -6,8 +6,9 @@ them in spare words of the task's descriptor and writes the record after the sig
 delay them.
 
 Records lie behind the control block, those of step s (a position) in place s % CONTROL_RECORDED_STEPS. Within a step,
-each worker has a record of when the step began for it, one per task of its queue, in order, and one of its wait for the
-step event.
+each worker has a record of when the step began for it, one per entry of its queue, in order, and one of its wait for
+the step event. Behind those of all workers are the records of tasks of pools. Such a task waits for nothing once it is
+taken; where others have when their wait began, it has its worker.
 
 On a GPU the clock is %globaltimer, in nanoseconds, which all SMs share (on an H200 it moves in steps of 32). The
 interpreter cannot read a clock; there the time is how often all workers together have asked for it, which says what
@@ -149,6 +150,27 @@ def begin_record(task, record, control_ptr, PORTABLE: tl.constexpr):
     set_task_word(task, TASK_RECORD, record_address(control_ptr, record).to(tl.int64), PORTABLE)
     if PORTABLE:
         set_task_word(task, TASK_CLOCK, (control_ptr + CONTROL_CLOCK).to(tl.int64), PORTABLE)
+
+
+@triton.jit
+def name_worker(control_ptr, record, worker, PORTABLE: tl.constexpr):
+    """Who ran the task of a pool that has left this record."""
+    worker = worker.to(tl.int64)
+    if PORTABLE:
+        tl.store(record_address(control_ptr, record), worker)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 tid, last;
+            mov.u32 tid, %tid.x; mov.u32 last, %ntid.x; sub.u32 last, last, 32; setp.eq.u32 p, tid, last;
+            @p st.global.b64 [$1], $2; mov.u32 $0, 0;
+            }""",
+            "=r,l,l",
+            [record_address(control_ptr, record).to(tl.int64), worker],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

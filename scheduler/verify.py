@@ -6,6 +6,10 @@ every event in signals[t]. After its queue a worker waits for counter[0], whatev
 step. Counters have 32 bits, compared as a signed difference, and none is ever reset. `Event.producers` and
 `Event.consumers` are not looked at.
 
+In a graph with values, task t then also waits for the events of wait_if[t] whose guards hold, one after another, and
+signals those of signal_if[t] whose guards hold too. It looks at the values of wait_if after wait[t] is over, and at
+those of signal_if while it runs. Values may have other numbers in every step.
+
 The tasks of a pool are in no queue. Task t of a pool is released by the signal that brings counter[wait[t]] to epoch *
 count. A worker that comes to a pool's entry takes tickets, as many as the pool has tasks among all workers, runs the
 task that is released as that ticket's, and goes on when no ticket is left. After its last pool it signals event 0 once
@@ -35,6 +39,12 @@ f. unwritten reads: the boxes that earlier tasks wrote must cover the box that i
 g. pools: the worst that waiting in them can do to the queues. In all other checks a task of a pool starts when its
    event lets it, and nothing but events puts it before or after another.
 
+With values, (a) is decided for all numbers at once: each guard asks for one value, so an event's signals are a sum of
+one term per value, and a sum of such terms is the same for all numbers exactly if each term is. Counters then stand at
+epoch * count between steps, whatever the numbers have been, and each step can be looked at by itself: (b) to (g) are
+decided for its numbers, one from each stretch in which all guards say the same. `values.py` turns such a step into
+one without values. Where that would be too many combinations, see `apart.py`.
+
 Each check rejects a schedule only if it is unsafe, and together they let no unsafe one pass. `self_check` tests both
 halves against all interleavings of small schedules.
 """
@@ -47,9 +57,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .apart import Apart, check_guarded_regions, check_steps
 from .errors import (
     CountError,
     MalformedScheduleError,
+    ScheduleError,
     StepOverlapError,
     missing_signal_text,
 )
@@ -57,6 +69,19 @@ from .graph import MAX_SIGNALS, STEP_EVENT, Events, Schedule, TaskGraph, pool_en
 from .order import Order, derive_order
 from .pools import check_pools
 from .regions import RegionCheck, collect_accesses
+from .values import (
+    Numbers,
+    at_numbers,
+    check_values,
+    combinations,
+    guarded_signals,
+    may_hold,
+    num_combinations,
+    numbers_text,
+    representatives,
+)
+
+MAX_COMBINATIONS = 512  # of numbers that are tried one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +94,83 @@ class Report:
     num_regions_covered: int  # reads of tensors without initial data, all written before
     num_unused_signals: int  # that no wait counts: harmless, but never made by `derive_events`
     seconds: float
+    num_values: int = 0
+    num_steps: int = 1  # that differ in what guards say, each of which was looked at; 0: too many, see `apart.py`
 
     def __str__(self) -> str:
         unused = f", signals that nobody waits for: {self.num_unused_signals}" if self.num_unused_signals else ""
+        cases = f"{self.num_steps} cases" if self.num_steps else "one value at a time"
+        values = f", for all numbers of {self.num_values} values ({cases})" if self.num_values else ""
         return (
             f"verified {self.num_tasks} tasks and {self.num_events} events in {self.seconds:.2f} "
             f"s: {self.num_pairs} conflicting pairs ordered, {self.num_regions_covered} reads "
-            f"covered{unused}"
+            f"covered{unused}{values}"
         )
 
 
-def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
-    """Raise a `ScheduleError` that says what to change, or report what has been proved."""
+def verify(graph: TaskGraph, events: Events, schedule: Schedule, max_combinations: int = MAX_COMBINATIONS) -> Report:
+    """Raise a `ScheduleError` that says what to change, or report what has been proved.
+
+    Up to `max_combinations` of the numbers that values may have are tried one by one.
+    """
     start = time.perf_counter()
     _check_queues(graph, schedule)
     _check_event_table(graph, events)
+    if graph.values:
+        check_values(graph, events, schedule)
     num_unused_signals = _check_counts(graph, events)
+    numbers = representatives(graph, events) if graph.values else {}
+    num_steps = num_combinations(numbers)
+    if num_steps <= max_combinations or not graph.values:
+        checks = [_check_step(graph, events, schedule, chosen) for chosen in combinations(numbers)]
+        num_pairs, num_regions_covered = (max(sizes) for sizes in zip(*checks, strict=True))
+    else:
+        num_steps = 0
+        num_pairs, num_regions_covered = _check_apart(graph, events, schedule, numbers)
+    return Report(
+        num_tasks=len(graph.tasks),
+        num_events=len(events.events),
+        num_pairs=num_pairs,
+        num_regions_covered=num_regions_covered,
+        num_unused_signals=num_unused_signals,
+        seconds=time.perf_counter() - start,
+        num_values=len(graph.values),
+        num_steps=num_steps,
+    )
+
+
+def _check_step(graph: TaskGraph, events: Events, schedule: Schedule, numbers: Numbers) -> tuple[int, int]:
+    """All that is left to check when the counts are right: one step, in which values have these numbers.
+
+    Returns how many pairs are ordered and how many reads are covered.
+    """
+    if not graph.values:
+        return _check_order(graph, events, schedule)
+    try:
+        return _check_order(*at_numbers(graph, events, schedule, numbers))
+    except ScheduleError as error:
+        raise type(error)(f"{error} (in a step with {numbers_text(numbers)})") from None
+
+
+def _check_apart(
+    graph: TaskGraph, events: Events, schedule: Schedule, numbers: dict[str, list[int]]
+) -> tuple[int, int]:
+    """The same for all numbers at once, where they are too many: see `apart.py`."""
+    apart = Apart(graph, events, schedule, numbers)
+    everything = apart.everything()
+    derive_order(*everything)
+    if schedule.pools:
+        check_pools(*everything)
+    order, sure = apart.order()
+    check_steps(apart, order)
+    regions = RegionCheck(apart.parts, sure, order)
+    for tensor in collect_accesses(apart.parts):
+        regions.check(tensor)
+    num_pairs, num_reads = check_guarded_regions(apart, order)
+    return regions.num_pairs + num_pairs, regions.num_regions_covered + num_reads
+
+
+def _check_order(graph: TaskGraph, events: Events, schedule: Schedule) -> tuple[int, int]:
     accesses = collect_accesses(graph)
     order = derive_order(graph, events, schedule)
     if schedule.pools:
@@ -93,14 +179,7 @@ def verify(graph: TaskGraph, events: Events, schedule: Schedule) -> Report:
     regions = RegionCheck(graph, events, order)
     for tensor in accesses:
         regions.check(tensor)
-    return Report(
-        num_tasks=len(graph.tasks),
-        num_events=len(events.events),
-        num_pairs=regions.num_pairs,
-        num_regions_covered=regions.num_regions_covered,
-        num_unused_signals=num_unused_signals,
-        seconds=time.perf_counter() - start,
-    )
+    return regions.num_pairs, regions.num_regions_covered
 
 
 def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
@@ -154,23 +233,30 @@ def _check_event_table(graph: TaskGraph, events: Events) -> None:
 def _check_counts(graph: TaskGraph, events: Events) -> int:
     """Every wait must count the signals of its event; returns how many signals no wait counts."""
     num_signals = Counter(event for signals in events.signals for event in signals)
+    by_value = guarded_signals(graph, events)
     waiter: dict[int, int | None] = {}  # the first task that waits for each event
-    for task, event in enumerate(events.wait):
-        if event >= 0 and events.events[event].count > 0:
+    waits = [(event, task) for task, event in enumerate(events.wait) if event >= 0]
+    waits += [(use.event, task) for task, uses in events.wait_if.items() for use in uses if may_hold(graph, use.guard)]
+    for event, task in waits:
+        if events.events[event].count > 0:
             waiter.setdefault(event, task)
     waiter.setdefault(STEP_EVENT, None)
     for event, task in waiter.items():
-        if events.events[event].count != num_signals[event]:
-            raise CountError(_count_text(graph, events, event, task, num_signals[event]))
-    return sum(number for event, number in num_signals.items() if event not in waiter)
+        for some in set(by_value.get(event, (0, 0))):
+            if events.events[event].count != num_signals[event] + some:
+                raise CountError(_count_text(graph, events, event, task, num_signals[event] + some))
+    unused = sum(number for event, number in num_signals.items() if event not in waiter)
+    return unused + sum(most for event, (_, most) in by_value.items() if event not in waiter)
 
 
 def _count_text(graph: TaskGraph, events: Events, event: int, waiter: int | None, signalled: int) -> str:
     count = events.events[event].count
     who = "every worker" if waiter is None else graph.task_name(waiter)
     outcome = "the wait never ends" if count > signalled else "the surplus adds up until the wait orders nothing"
-    producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals]
-    given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}"
+    by_value = {t for t, uses in events.signal_if.items() if any(use.event == event for use in uses)}
+    producers = [graph.task_name(t) for t, signals in enumerate(events.signals) if event in signals or t in by_value]
+    some = " for some numbers" if by_value else ""
+    given = f"{', '.join(producers[:3])}{', ...' if len(producers) > 3 else ''} give {signalled}{some}"
     suspect = "" if waiter is None else missing_signal_text(graph, events, event, waiter)
     return (
         f"{who} waits for {count} signals of event {event} per step, but {given if producers else 'no task gives one'}:"

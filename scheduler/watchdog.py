@@ -102,6 +102,12 @@ def wait_in_pool(
     return StuckWait(stuck.worker, task, event, counters[event], wanted)
 
 
+def waited_event(events: Events, task: int, wanted: int, counters: Sequence[int]) -> int:
+    """Which event a task was stuck at: of those that values may make it wait for, one that still lacks a signal."""
+    waits = events.may_wait(task) or [events.wait[task]]
+    return next((event for event in waits if wrap_int32(counters[event] - wanted) < 0), waits[0])
+
+
 def wrap_int32(n: int) -> int:
     return (n + (1 << 31)) % (1 << 32) - (1 << 31)
 
@@ -115,6 +121,7 @@ def missing_signals(
     or the one whose end is waited for. `num_leaving` workers signal the step event when they have left their last pool.
     """
     totals = Counter(event for signals in events.signals for event in signals)
+    totals |= {use.event: events.events[use.event].count for uses in events.signal_if.values() for use in uses}
     totals[STEP_EVENT] += num_leaving
     base = first_epoch - 1
     given = {event: wrap_int32(counters[event] - base * total) for event, total in totals.items()}
@@ -153,7 +160,7 @@ def not_begun(events: Events, schedule: Schedule, missing: Counter[int]) -> list
 
 def suspects_of(events: Events, event: int, missing: Counter[int]) -> list[int]:
     """The producers of `event` that explain all that is missing, or all of its producers if none does alone."""
-    producers = [task for task, signals in enumerate(events.signals) if event in signals]
+    producers = [task for task in range(len(events.signals)) if event in events.may_signal(task)]
     silent = [task for task in producers if Counter(events.signals[task]) == missing]
     return producers if missing == {event: 1} else silent or producers
 
@@ -170,8 +177,8 @@ class _Chains:
         self.start = [] if stuck.task is None else [stuck.task]
         self.before = {b: a for queue in schedule.static_queues() for a, b in zip(queue, queue[1:], strict=False)}
         self.producers: dict[int, list[int]] = {event: [] for event in range(len(events.events))}
-        for task, signals in enumerate(events.signals):
-            for event in set(signals):
+        for task in range(len(events.signals)):
+            for event in set(events.may_signal(task)):
                 self.producers[event].append(task)
 
     def to(self, targets: Collection[int]) -> list[int]:
@@ -197,8 +204,9 @@ class _Chains:
         """(the way to the nearest task that waits for one of these events, that event), or ([], None)."""
         if self.stuck.event in lacking:
             return self.start, self.stuck.event
-        chain = self.to([task for task, event in enumerate(self.events.wait) if event in lacking])
-        return chain, self.events.wait[chain[-1]] if chain else None
+        waits = map(self.events.may_wait, range(len(self.events.wait)))
+        chain = self.to([task for task, events in enumerate(waits) if any(event in lacking for event in events)])
+        return chain, next(e for e in self.events.may_wait(chain[-1]) if e in lacking) if chain else None
 
     def to_released(
         self, schedule: Schedule, chain: list[int], event: int, missing: Counter[int]
@@ -222,6 +230,5 @@ class _Chains:
         return self.to(set(damaged) - silent)
 
     def _needs(self, task: int) -> list[int]:
-        event = self.events.wait[task]
-        waited = self.producers[event] if event >= 0 and self.events.events[event].count > 0 else []
+        waited = [producer for event in self.events.may_wait(task) for producer in self.producers[event]]
         return [*waited, *([self.before[task]] if task in self.before else [])]

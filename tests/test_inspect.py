@@ -69,6 +69,34 @@ def test_fusion_makes_few_events_of_many_pairs(program: Program):
     assert 1 <= facts["signals_per_task_after"] <= facts["max_signals_after"] <= 4
 
 
+def test_passes_fuse_events_and_add_no_hop(program: Program):
+    facts = inspect_program(program, default_profile(), 4096)
+    names = ["derive", "reduce", "fuse", "fit", "linearise", "queues"]
+    passes = {row["name"]: row for row in facts["passes"]}
+    assert list(passes) == names
+    assert passes["derive"]["events"] > passes["reduce"]["events"] == facts["fusion"]["events_before"]
+    assert passes["fuse"]["events"] + 1 == passes["linearise"]["events"] == facts["events"]  # and the step event
+    assert passes["reduce"]["max_waits"] > 100 and passes["fuse"]["max_waits"] == 1
+    assert passes["linearise"]["signals_per_task"] == facts["fusion"]["signals_per_task_after"]
+    assert {row["hops"] for row in facts["passes"]} == {facts["hops"]}  # the depth of the model, in all of them
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "dynamic"])
+def test_kernels_with_pools_are_inspected_too(policy: str):
+    static, pooled = (
+        plan_config(load_config(str(ROOT / "demos/tiny")), torch.bfloat16, 512, num_workers=8, policy=policy)
+        for policy in ("static", policy)
+    )
+    expected, facts = (inspect_program(program, default_profile(), 512) for program in (static, pooled))
+    assert facts["bytes"] == expected["bytes"] and 0 < facts["pool_bytes"] <= facts["bytes"]
+    assert expected["pool_bytes"] == 0
+    for name in ("tasks", "events", "hops", "hops_per_layer"):
+        assert facts[name] == expected[name], name
+    assert [op["tasks"] for op in facts["ops"]] == [op["tasks"] for op in expected["ops"]]
+    assert facts["estimate"]["ms"] > expected["estimate"]["ms"]  # tickets, and weights that are not on their way
+    assert facts["attention"] == expected["attention"]
+
+
 def test_the_estimate_is_above_its_bounds(program: Program):
     facts = inspect_program(program, default_profile(), 4096)["estimate"]
     assert facts["gpu"] == "NVIDIA H200" and facts["context"] == 4096

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from decoders import prompt, tiny_pair
 from tri_mpk import CausalLM, MegakernelTimeout, PersistentKernel, WorkerDiedError
 from tri_mpk.ops.op import Policy
+from tri_mpk.profiler import BEGIN, DONE, FETCH, RUN, SIGNAL
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE
 from tri_mpk.scheduler.graph import STEP_EVENT
 from tri_mpk.scheduler.ready import RELEASE_TARGET
@@ -110,9 +115,36 @@ def test_the_policy_of_a_layer_comes_first():
         mpk.argmax_layer(input=best, policy="quick")
 
 
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_profiles_say_who_took_which_task(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRI_MPK_TEST_DELAYS", "1")
+    ours, tokens = model(policy, num_workers=3, profile=True)
+    assert torch.equal(ours.generate(PROMPT, max_new_tokens=NEW_TOKENS), tokens)
+    profile = ours.profile()
+    program = profile.program
+    pooled = [task for tasks in program.schedule.pools for task in tasks]
+    takers = profile.worker_of[:, pooled]
+    assert len(profile.steps) == 5 and set(takers.ravel().tolist()) <= {0, 1, 2}
+    assert len(np.unique(takers, axis=0)) > 1  # not the same in all steps
+    assert (np.diff(profile.times, axis=-1) >= 0).all()
+    for at, times in enumerate(profile.times):
+        for worker in range(3):
+            spans = times[profile.worker_of[at] == worker]
+            spans = spans[np.argsort(spans[:, RUN])]
+            assert (spans[1:, FETCH] >= spans[:-1, DONE]).all()  # one task at a time
+            assert spans[0, FETCH] == profile.step_times[at, worker, BEGIN]
+        for event in program.events.events:
+            if event.consumers:
+                assert times[event.producers, SIGNAL].max() < times[event.consumers, RUN].min()
+        assert profile.critical_path(profile.steps[at])[-1].task in program.events.events[STEP_EVENT].producers
+    assert sum(row.tasks for row in profile.table()) == len(program.graph.tasks)
+    profile.to_perfetto(tmp_path / "trace.json")
+    slices = [
+        e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e.get("args", {}).get("op")
+    ]
+    assert len(slices) == len(profile.steps) * len(program.graph.tasks)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="policy='quick' is not supported; choose one of static, hybrid, dynamic"):
         tiny_pair(policy="quick")
-    ours, _ = tiny_pair(policy="hybrid", profile=True)
-    with pytest.raises(NotImplementedError, match="L00 attention is dynamic; a kernel with time stamps is static"):
-        ours.compile()

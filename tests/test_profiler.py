@@ -167,7 +167,7 @@ def test_critical_path_is_consecutive(which, request):
         last = events.events[STEP_EVENT].producers
         assert path[-1].task in last and path[-1].end == times[at, last, DONE].max()
         for before, entry in zip(path, path[1:], strict=False):
-            queue = profile.program.schedule.queues[profile.worker_of[entry.task]]
+            queue = profile.program.schedule.queues[profile.worker_of[0, entry.task]]
             neighbour = queue[queue.index(entry.task) - 1] if entry.task != queue[0] else None
             producers = events.events[events.wait[entry.task]].producers if events.wait[entry.task] >= 0 else []
             assert before.task == neighbour if entry.via == "queue" else before.task in producers

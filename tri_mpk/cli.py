@@ -299,6 +299,7 @@ def planned(
     max_seq_len: int | None,
     num_workers: int | None,
     bulk_copies: bool = True,
+    policy: str = "static",
 ) -> tuple[Program, GpuProfile, dict[str, object]]:
     """The program for a model's GPU form, the GPU, and what else it was planned for."""
     import torch
@@ -318,7 +319,7 @@ def planned(
     resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
     resolved_len = resolve_max_seq_len(max_seq_len, config)
     tuning, tuning_source = find_tuning(gpu, describe(config, resolved_len), resolved_dtype, num_workers)
-    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning)
+    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning, policy=policy)
     facts = {
         "model": geometry or model,
         "dtype": str(resolved_dtype).removeprefix("torch."),
@@ -345,6 +346,7 @@ def inspect(
     dot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write ops and events as Graphviz; '-': to standard output.")
     ] = None,
+    policy: PolicyOption = "static",
     layer: Annotated[str, typer.Option(help="Layer for --dot: a number, or all.")] = "0",
 ) -> None:
     """Plan a kernel without weights or a GPU and show its tasks, events, balance, critical path and estimated time.
@@ -360,7 +362,7 @@ def inspect(
 
     if layer != "all" and not layer.isdigit():
         raise ValueError(f"--layer {layer} is not supported; give a number or all")
-    program, gpu, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+    program, gpu, facts = planned(model, geometry, dtype, max_seq_len, num_workers, policy=policy)
     longest = int(facts["max_seq_len"])
     if context is not None and context > longest:
         raise ValueError(f"--context {context} is more than max_seq_len={longest}; raise --max-seq-len")
@@ -399,13 +401,16 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"worker     {facts['worker_max_bytes'] / 1e6:.2f} MB busiest, {facts['worker_mean_bytes'] / 1e6:.2f} MB mean"
         f" per step; busiest worker / mean {facts['imbalance']:.3f}"
     )
-    fusion = facts["fusion"]
-    print(
-        f"fusion     {fusion['events_before']} events with {fusion['waits_per_task_before']:.1f} waits per task"
-        f" (at most {fusion['max_waits_before']}) became {fusion['events_after']} with"
-        f" {fusion['waits_per_task_after']:.2f} waits ({fusion['max_waits_after']}) and"
-        f" {fusion['signals_per_task_after']:.2f} signals ({fusion['max_signals_after']})"
-    )
+    if facts["pool_bytes"]:
+        print(f"pools      {facts['pool_bytes'] / 1e6:.2f} MB more, for whichever worker is free")
+    columns = {"name": "pass", "events": "events", "waits_per_task": "waits per task", "max_waits": "most"}
+    columns |= {
+        "signals_per_task": "signals per task",
+        "max_signals": "most",
+        "hops": "hops",
+        "hops_per_layer": "per layer",
+    }
+    print_table(columns, facts["passes"])
     print(f"critical   {facts['hops']} hops, {facts['hops_per_layer']} per layer")
     estimate = facts["estimate"]
     print(
@@ -430,6 +435,7 @@ def verify_schedule(
     num_workers: NumWorkersOption = None,
     max_seq_len: MaxSeqLenOption = None,
     dtype: DtypeOption = None,
+    policy: PolicyOption = "static",
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Put verify itself on trial, on random and on large schedules.")
     ] = False,
@@ -449,7 +455,7 @@ def verify_schedule(
       tri-mpk verify --self-check --cases 10000 --seed 1
     """
     if not self_check:
-        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers)
+        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers, policy=policy)
         facts |= {"num_workers": program.num_workers} | asdict(program.report)
         print(json.dumps(facts) if as_json else f"{facts['model']}, {program.num_workers} workers: {program.report}")
         return
@@ -648,6 +654,7 @@ def profile(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     num_workers: NumWorkersOption = None,
+    policy: PolicyOption = "static",
     wait_bound_s: WaitBoundOption = 10.0,
     revision: RevisionOption = None,
     cache_dir: CacheDirOption = None,
@@ -677,7 +684,7 @@ def profile(
     hub = hub_options(revision, cache_dir, local_files_only)
     lm = profiled_model(
         model, geometry, hub, context + steps, dtype=dtype, device=device, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, progress=progress,
+        wait_bound_s=wait_bound_s, policy=policy, progress=progress,
     )  # fmt: skip
     with spinner("compiling the kernel (seconds from the cache, else up to a minute)", progress):
         lm.compile()

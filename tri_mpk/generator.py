@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device, ready, timing
+from tri_mpk.scheduler import by_value, device, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -42,7 +42,7 @@ USED = (
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
-SCHEDULER_MODULES = (device, timing, ready)
+SCHEDULER_MODULES = (device, timing, ready, by_value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
     if constants.pools:
         roots.append(ready.take_ticket)
-    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
+        if constants.profile:
+            roots += [timing.name_worker, device.task_word]
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -109,7 +110,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         "",
-        *_definitions(roots, replaced),
+        *_definitions(roots, constants),
         "",
         "",
         "# ---- megakernel ----",
@@ -163,16 +164,21 @@ POOL_LOOP = """\
             for _ in tl.range(slot, num_tasks, num_stages=1, disable_licm=True):
                 task = task_address(worker_queue_ptr, slot, turn, smem, TASK_WORDS, PORTABLE)
                 variant = int_field(task, TASK_VARIANT, PORTABLE)
-                record = slot * 0 - 1
+                taken = slot * 0 - 1
+                timed = slot * 0  # profile
                 if variant == POOL_VARIANT:
-                    record = take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE)
-                if record >= 0:  # the record of the pool stays where it is
-                    fetch_task(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                    taken = take_ticket(task, event_ptr, control_ptr, epoch, PORTABLE)
+                if taken >= 0:  # the record of the pool stays where it is
+                    later = (task_word(task, POOL_RECORD, PORTABLE) >> 32).to(tl.int32)  # profile
+                    timed = record - worker_record + taken + later  # profile
+                    fetch_task(queue_ptr, taken.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
                     await_fetch(smem, PORTABLE)
-                    task = task_address(queue_ptr, record.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                    task = task_address(queue_ptr, taken.to(tl.int64), turn + 1, smem, TASK_WORDS, PORTABLE)
+                    begin_record(task, timed, control_ptr, PORTABLE)  # profile
                     variant = int_field(task, TASK_VARIANT, PORTABLE)
                 else:
                     slot += 1
+                    begin_record(task, record + slot, control_ptr, PORTABLE)  # profile
                     next_slot = tl.where(slot == num_tasks, 0, slot)
                     fetch_task(worker_queue_ptr, next_slot, turn + 1, smem, TASK_WORDS, PORTABLE)
                     turn ^= 1
@@ -182,6 +188,10 @@ NO_VARIANT = """\
                 signal(task, event_ptr, PORTABLE)
             else:  # a damaged queue: whoever waits for this task ends the launch
                 await_fetch(smem, PORTABLE)
+"""
+POOL_TASK_END = """\
+                if taken >= 0:  # profile
+                    name_worker(control_ptr, timed, worker, PORTABLE)  # profile
 """
 WITHOUT_TASKS = "variant == -1:  # a worker", "variant < 0:  # a pool with no task left, or a worker"
 STEP_END = """\
@@ -201,7 +211,7 @@ def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str
     loop, branches = WORKER_LOOP, [*_branches(variants, weight), *NO_VARIANT.splitlines()]
     if constants.pools:
         loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP
-        branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches]
+        branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches] + POOL_TASK_END.splitlines()
     lines = [*loop.splitlines(), *branches, *STEP_END.splitlines()]
     return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
 
@@ -238,17 +248,25 @@ def _arguments(variant: Variant, weight: str) -> Iterator[str]:
             yield f"{p.name}=int_field(task, {words[p.name]}, PORTABLE)"
 
 
-def _definitions(roots: list[JITFunction], replaced: dict[str, JITFunction]) -> Iterator[str]:
-    """Constants, then functions, callees before callers, each verbatim from its module.
+def _replaced(module: ModuleType, constants: KernelConstants) -> dict[str, JITFunction]:
+    """Device functions whose place is taken by others in a module's calls: ops', and those of who takes the time."""
+    if constants.profile and module not in SCHEDULER_MODULES:
+        return TIMED
+    if constants.pools and (module is timing or module not in SCHEDULER_MODULES):
+        return RELEASING
+    return {}
 
-    `replaced`: device functions whose place is taken by others, in calls from outside of the scheduler.
-    """
+
+def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[str]:
+    """Constants, then functions, callees before callers, each verbatim from its module but for `_replaced`."""
     functions: dict[str, JITFunction] = {}
     constants: dict[str, tuple[ModuleType, str]] = {"TASK_VARIANT": (device, "TASK_VARIANT")}
     for name in ("CONTROL_FIRST_EPOCH", "CONTROL_FIRST_STEP", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
         constants[name] = (device, name)
-    if ready.take_ticket in roots:
+    if kernel.pools:
         constants["POOL_VARIANT"] = (ready, "POOL_VARIANT")
+        if kernel.profile:
+            constants["POOL_RECORD"] = (ready, "POOL_RECORD")
 
     def visit(fn: JITFunction) -> None:
         if functions.get(fn.__name__) is fn:
@@ -257,8 +275,7 @@ def _definitions(roots: list[JITFunction], replaced: dict[str, JITFunction]) -> 
         module = sys.modules[fn.__module__]
         for node in ast.walk(_definition(module, fn.__name__)):
             value = getattr(module, node.id, None) if isinstance(node, ast.Name) else None
-            if module not in SCHEDULER_MODULES and getattr(node, "id", None) in replaced:
-                value = replaced[node.id]
+            value = _replaced(module, kernel).get(getattr(node, "id", None), value)
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
@@ -275,7 +292,7 @@ def _definitions(roots: list[JITFunction], replaced: dict[str, JITFunction]) -> 
         yield from ("", "")
         if module is not previous:
             yield from (f"# ---- {module.__name__.removeprefix('tri_mpk.').replace('.', '/')}.py ----", "", "")
-        names = {} if module in SCHEDULER_MODULES else {old: new.__name__ for old, new in replaced.items()}
+        names = {old: new.__name__ for old, new in _replaced(module, kernel).items()}
         yield _text(module, _definition(module, fn.__name__), names)
         previous = module
 
@@ -299,7 +316,11 @@ def _tree(module: ModuleType) -> ast.Module:
 
 def _definition(module: ModuleType, name: str) -> ast.stmt:
     for node in _tree(module).body:
-        names = [t.id for t in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", None)]
+        names = (
+            [getattr(t, "id", None) for t in node.targets]
+            if isinstance(node, ast.Assign)
+            else [getattr(node, "name", None)]
+        )
         if name in names:
             return node
     raise AssertionError(f"{name} is not defined at the top of {module.__name__}")

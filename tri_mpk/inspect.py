@@ -23,6 +23,7 @@ from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT, imbalance
+from tri_mpk.scheduler.passes import pass_effects
 from tri_mpk.tuning import Tuning
 
 # ---- planning without a device ----
@@ -81,7 +82,7 @@ class OpFacts:
     events: int  # that its tasks wait for
     hops: int  # of the critical path that end in it
     bytes: int  # per step, all calls
-    worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts
+    worker_max_bytes: int  # of one call, busiest worker; the most uneven call counts. Tasks of pools belong to nobody
     worker_mean_bytes: float
     imbalance: float  # their ratio
 
@@ -90,13 +91,14 @@ def critical_path(program: Program) -> list[int]:
     """Tasks at the end of each hop (a signal and the wait for it) on a longest chain; the step event adds one more.
 
     One symbolic run of the queues: a task runs when the one before it in its queue has run and its event is complete.
+    A task of a pool, as soon as its event is complete: like a queue of its own.
     """
-    assert not program.schedule.pools, "the longest chain through a pool is known only when it has run"
-    events, queues = program.events, program.schedule.queues
+    events, queues = program.events, program.schedule.static_queues()
     depth = [0] * len(program.graph.tasks)
     previous = [-1] * len(depth)  # on the longest chain to a task
     missing = [event.count for event in events.events]
     deepest = [-1] * len(missing)  # producer of each event
+    queues = [*queues, *([task] for tasks in program.schedule.pools for task in tasks)]
     next_slot = [0] * len(queues)
     sleeping: dict[int, list[int]] = defaultdict(list)
     awake = list(range(len(queues)))
@@ -132,11 +134,12 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
     """One entry per op, or per kind of op with all layers together, in program order."""
     graph = program.graph
     group_of = [label if per_layer else split_label(label)[1] for label in graph.ops]
-    variants, waits, sent = defaultdict(set), defaultdict(set), Counter()
+    variants, waits, sent, num_tasks = defaultdict(set), defaultdict(set), Counter(), Counter()
     for index, task in enumerate(graph.tasks):
         group = group_of[task.op]
         variants[group].add(task.variant)
         sent[group] += task.cost_bytes
+        num_tasks[group] += 1
         if program.events.wait[index] >= 0:
             waits[group].add(program.events.wait[index])
     hops = Counter(group_of[graph.tasks[task].op] for task in critical_path(program))
@@ -153,7 +156,7 @@ def op_facts(program: Program, per_layer: bool) -> list[OpFacts]:
                 name=program.variants[numbers[0]].op.name if numbers else "",
                 variants=numbers,
                 calls=len(calls),
-                tasks=sum(balance.num_tasks for balance in calls),
+                tasks=num_tasks[group],
                 events=len(waits[group]),
                 hops=hops[group],
                 bytes=sent[group],
@@ -170,8 +173,8 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
 
     A split without a block of older tokens is empty, but the first one has the new token. The least over all layers.
     """
-    worker_of = {task: worker for worker, queue in enumerate(program.schedule.queues) for task in queue}
-    busy: dict[int, set[int]] = {}
+    worker_of = {task: worker for worker, queue in enumerate(program.schedule.static_queues()) for task in queue}
+    busy: dict[int, set[int]] = {}  # of a pool: as many as there are tasks, at best
     num_splits = block_kv = 0
     for index, num_blocks in kv_blocks(program, context).items():
         task = program.graph.tasks[index]
@@ -180,8 +183,8 @@ def attention_coverage(program: Program, context: int) -> dict[str, float | int]
         _, split = task.tile
         workers = busy.setdefault(task.op, set())
         if num_blocks or split == 0:
-            workers.add(worker_of[index])
-    num_busy = min(map(len, busy.values()), default=0)
+            workers.add(worker_of.get(index, -1 - index))
+    num_busy = min(min(map(len, busy.values()), default=0), program.num_workers)
     return {
         "context": context,
         "splits": num_splits,
@@ -211,6 +214,34 @@ def fusion_facts(program: Program) -> dict[str, float | int]:
     }
 
 
+def pass_facts(program: Program) -> list[dict[str, object]]:
+    """What every pass from regions to queues did, in order; the first row is where it begins. Means are over all tasks.
+
+    Hops are those of the longest chain, the step event included, which `queues` alone can make longer.
+    """
+    num_tasks = len(program.graph.tasks)
+    rows = []
+    for effect in pass_effects(program.graph):
+        rows.append(
+            {
+                "name": effect.name,
+                "events": effect.num_events,
+                "waits_per_task": round(effect.num_waits / num_tasks, 2),
+                "max_waits": effect.max_waits,
+                "signals_per_task": round(effect.num_signals / num_tasks, 2),
+                "max_signals": effect.max_signals,
+                **_hops(program, effect.chain),
+            }
+        )
+    return [*rows, rows[-1] | {"name": "queues"} | _hops(program, critical_path(program))]
+
+
+def _hops(program: Program, chain: list[int]) -> dict[str, int]:
+    layers = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in chain)
+    layers.pop(None, None)
+    return {"hops": len(chain) + 1, "hops_per_layer": max(layers.values(), default=0)}
+
+
 def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, object]:
     """The cost model's estimate of a step, in ms, for a GPU."""
     time = estimate(program, gpu, context)
@@ -225,22 +256,24 @@ def time_facts(program: Program, gpu: GpuProfile, context: int) -> dict[str, obj
 
 def inspect_program(program: Program, gpu: GpuProfile, context: int, per_layer: bool = False) -> dict[str, object]:
     """Everything that `tri-mpk inspect` shows, ready for JSON."""
-    path = critical_path(program)
-    layer_hops = Counter(split_label(program.graph.ops[program.graph.tasks[task].op])[0] for task in path)
-    layer_hops.pop(None, None)
-    worker_bytes = [sum(program.graph.tasks[t].cost_bytes for t in queue) for queue in program.schedule.queues]
+    passes = pass_facts(program)
+    costs = [task.cost_bytes for task in program.graph.tasks]
+    worker_bytes = [sum(costs[t] for t in queue) for queue in program.schedule.static_queues()]
+    pool_bytes = sum(costs[t] for tasks in program.schedule.pools for t in tasks)
     report = program.report
     return {
         "num_workers": program.num_workers,
         "tasks": len(program.graph.tasks),
         "events": len(program.events.events),
         "variants": len(program.variants),
-        "hops": len(path) + 1,
-        "hops_per_layer": max(layer_hops.values(), default=0),
-        "bytes": sum(worker_bytes),
+        "hops": passes[-1]["hops"],
+        "hops_per_layer": passes[-1]["hops_per_layer"],
+        "bytes": sum(worker_bytes) + pool_bytes,
+        "pool_bytes": pool_bytes,  # of tasks that go to whichever worker is free; not among those of workers
         "worker_max_bytes": max(worker_bytes),
         "worker_mean_bytes": round(sum(worker_bytes) / len(worker_bytes), 1),
-        "imbalance": round(max(worker_bytes) * len(worker_bytes) / sum(worker_bytes), 4),
+        "imbalance": round(max(worker_bytes) * len(worker_bytes) / max(sum(worker_bytes), 1), 4),
+        "passes": passes,
         "fusion": fusion_facts(program),
         "estimate": time_facts(program, gpu, context),
         "tuning": asdict(program.tuning),

@@ -374,6 +374,19 @@ class PersistentKernel:
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
         self._call(ARGMAX, label, grid_dim, policy, tensors)
 
+    def op_layer(
+        self,
+        op: Op,
+        *,
+        grid_dim: int | None = None,
+        label: str | None = None,
+        policy: str | None = None,
+        options: dict[str, object] | None = None,
+        **tensors: TensorHandle,
+    ) -> None:
+        """An op of your own, see CONTRIBUTING.md; `tensors` and `options` are the arguments of its cut."""
+        self._call(op, label, grid_dim, policy, tensors, **options or {})
+
     # ---- from graph to launch ----
 
     def plan(self) -> Program:
@@ -392,8 +405,6 @@ class PersistentKernel:
                 raise ValueError(f"weight matrices must have one type, got {sorted(map(str, dtypes))}; convert them")
             dtype = dtypes.pop() if dtypes else torch.float32  # no matrix at all: any type will do
             dynamic = [call for call in self.calls if call.policy is Policy.DYNAMIC]
-            if dynamic and self.profile:
-                raise NotImplementedError(f"{dynamic[0].label} is dynamic; a kernel with time stamps is static so far")
             # a ring brings weights in an order that is known beforehand
             has_order = not any(t in streamed for call in dynamic for t in call.tensors.values())
             tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing

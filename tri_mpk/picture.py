@@ -60,7 +60,7 @@ def _draw_tasks(axes: Axes, profile: Profile, at: int) -> None:
 
     graph = profile.program.graph
     kinds = np.array([split_label(graph.ops[task.op])[1] for task in graph.tasks])
-    workers = np.arange(profile.program.num_workers)
+    workers, worker_of = np.arange(profile.program.num_workers), profile.worker_of[at]
     origin = profile.step_times[at, :, BEGIN].min()
     times = (profile.times[at] - origin) / profile.scale
     ends = (profile.step_times[at] - origin) / profile.scale
@@ -70,11 +70,11 @@ def _draw_tasks(axes: Axes, profile: Profile, at: int) -> None:
     for kind in names:
         of_kind = kinds == kind
         colour = OP_COLOURS[by_size.index(kind) % len(OP_COLOURS)]
-        _draw(axes, profile.worker_of[of_kind], times[of_kind, RUN], times[of_kind, SIGNAL], colour, kind)
-    _draw(axes, profile.worker_of, times[:, WAIT], times[:, RUN], WAIT_COLOUR, "wait")
+        _draw(axes, worker_of[of_kind], times[of_kind, RUN], times[of_kind, SIGNAL], colour, kind)
+    _draw(axes, worker_of, times[:, WAIT], times[:, RUN], WAIT_COLOUR, "wait")
     _draw(axes, workers, ends[:, STEP_WAIT], ends[:, END], WAIT_COLOUR, None)
-    _draw(axes, profile.worker_of, times[:, FETCH], times[:, WAIT], OTHER_COLOUR, "fetch, signal")
-    _draw(axes, profile.worker_of, times[:, SIGNAL], times[:, DONE], OTHER_COLOUR, None)
+    _draw(axes, worker_of, times[:, FETCH], times[:, WAIT], OTHER_COLOUR, "fetch, signal")
+    _draw(axes, worker_of, times[:, SIGNAL], times[:, DONE], OTHER_COLOUR, None)
 
 
 def _draw(axes: Axes, rows: np.ndarray, begin: np.ndarray, end: np.ndarray, colour: str, label: str | None) -> None:

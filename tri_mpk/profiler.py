@@ -69,6 +69,7 @@ class Profile:
         program: the graph, events and queues that `task` indices and worker numbers refer to.
         steps: the positions that were recorded, a range.
         times: int64 [steps, tasks, 5], in the clock's own unit; the last axis is FETCH, WAIT, RUN, SIGNAL, DONE.
+        worker_of, task_before: int64 [steps, tasks], who ran a task, and what it ran before (-1: nothing).
         step_times: int64 [steps, workers, 3]; the last axis is BEGIN, STEP_WAIT, END.
         is_real_time: whether the clock counts nanoseconds (a GPU) or its own readings (the interpreter).
     """
@@ -82,16 +83,40 @@ class Profile:
         lengths = np.array([max(1, len(queue)) + WORKER_RECORDS.value for queue in queues])
         last = np.cumsum(lengths) - 1  # each worker's record of its wait for the step event
         first = last - lengths + 1
-        assert records.shape == (len(steps), lengths.sum(), 4), records.shape
+        pooled = [task for tasks in program.schedule.pools for task in tasks]
+        num_tasks = len(program.graph.tasks)
+        assert records.shape == (len(steps), lengths.sum() + len(pooled), 4), records.shape
         self.step_times = np.stack([records[:, first, 0], records[:, last, 0], records[:, last, 1]], axis=-1)
-        self.worker_of = np.zeros(len(program.graph.tasks), dtype=np.int64)
-        self.task_before = np.full(len(program.graph.tasks), -1)  # on the same worker
-        place = np.zeros(len(program.graph.tasks), dtype=np.int64)
+        self.worker_of = np.zeros((len(steps), num_tasks), dtype=np.int64)
+        place = np.zeros(num_tasks, dtype=np.int64)
         for worker, queue in enumerate(queues):
-            self.worker_of[queue] = worker
-            self.task_before[queue[1:]] = queue[:-1]
-            place[queue] = first[worker] + 1 + np.arange(len(queue))
-        self.times = np.concatenate([records[:, place - 1, 3:], records[:, place]], axis=-1)
+            slots = [slot for slot, entry in enumerate(queue) if entry >= 0]
+            tasks = [queue[slot] for slot in slots]
+            self.worker_of[:, tasks] = worker
+            place[tasks] = first[worker] + 1 + np.array(slots, dtype=np.int64)
+        place[pooled] = lengths.sum() + np.arange(len(pooled))
+        self.worker_of[:, pooled] = records[:, place[pooled], 0]  # there instead of when it began to wait
+        self.task_before = self._tasks_before(records[:, place, 1:])
+        fetched = np.take_along_axis(records[:, place, 3], self.task_before, axis=1)
+        begun = np.take_along_axis(self.step_times[..., BEGIN], self.worker_of, axis=1)
+        fetched = np.where(self.task_before >= 0, fetched, begun)[..., None]
+        self.times = np.concatenate([fetched, records[:, place]], axis=-1)
+        self.times[:, pooled, WAIT] = self.times[:, pooled, FETCH]  # for a ticket, and to be released
+
+    def _tasks_before(self, stamps: np.ndarray) -> np.ndarray:
+        """[steps, tasks]: the task before on the same worker, or -1. `stamps` are RUN, SIGNAL and DONE.
+
+        Queues say so; where tasks came out of pools, the time does.
+        """
+        before = np.full(self.worker_of.shape, -1)
+        for worker, queue in enumerate(self.program.schedule.static_queues()):
+            for at in range(len(before)):
+                order = np.array(queue, dtype=np.int64)
+                if self.program.schedule.pools:
+                    tasks = np.flatnonzero(self.worker_of[at] == worker)
+                    order = tasks[np.lexsort((stamps[at, tasks, 2], stamps[at, tasks, 0]))]
+                before[at, order[1:]] = order[:-1]
+        return before
 
     @property
     def unit(self) -> str:
@@ -139,7 +164,7 @@ class Profile:
         task = self.last_producer(STEP_EVENT, self.steps[at])
         end = int(times[task, DONE])
         while task >= 0:
-            before, via = int(self.task_before[task]), "queue"
+            before, via = int(self.task_before[at, task]), "queue"
             event = self.program.events.wait[task]
             if event >= 0:
                 producer = self.last_producer(event, self.steps[at])

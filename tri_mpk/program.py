@@ -141,12 +141,13 @@ def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, 
         for task in cut.tasks:
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
+        graph.values |= cut.values
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     events = derive_events(graph)
     dynamic = [op for op, call in enumerate(calls) if call.policy is Policy.DYNAMIC]
     queues = schedule(graph, events, tuning.num_workers, dynamic)
     report = verify(graph, events, queues)
-    counters = CounterLayout(events, queues)
+    counters = CounterLayout(events, queues, graph.values)
     if constants.ring:
         rows = max((2 * task.stream.slot_rows * task.stream.cols for task in graph.tasks if task.stream), default=1)
         constants = replace(constants, slot_bytes=-(-rows // 128) * 128)

@@ -81,8 +81,8 @@ class Runtime:
     def step_records(self) -> int:
         """Records of one step of a profiled kernel: of every task, and of every worker itself."""
         # a worker without tasks has a descriptor all the same
-        queues = self.program.schedule.queues
-        return sum(max(1, len(queue)) + timing.WORKER_RECORDS.value for queue in queues)
+        queues, pools = self.program.schedule.queues, self.program.schedule.pools
+        return sum(max(1, len(queue)) + timing.WORKER_RECORDS.value for queue in queues) + sum(map(len, pools))
 
     def read_records(self) -> torch.Tensor:
         """Time stamps of the last steps of the last launch: int64 [steps, records of a step, 4] on the CPU.

@@ -76,7 +76,7 @@ def _metadata(profile: Profile) -> Iterator[dict[str, object]]:
 def _critical_path(profile: Profile, step: int, clock: _Clock) -> Iterator[dict[str, object]]:
     for entry in profile.critical_path(step):
         name = profile.program.graph.task_name(entry.task)
-        worker = int(profile.worker_of[entry.task])
+        worker = int(profile.worker_of[profile.index(step), entry.task])
         if entry.run > entry.begin:
             hop = "hop" if entry.via == "event" else "fetch and wait"
             yield clock.slice(PATH_TRACK, hop, entry.begin, entry.run, {})
@@ -88,7 +88,8 @@ def _workers(profile: Profile, step: int, clock: _Clock) -> Iterator[dict[str, o
 
     graph, events = profile.program.graph, profile.program.events
     at = profile.index(step)
-    for index, (times, worker) in enumerate(zip(profile.times[at].tolist(), profile.worker_of.tolist(), strict=True)):
+    tasks = zip(profile.times[at].tolist(), profile.worker_of[at].tolist(), strict=True)
+    for index, (times, worker) in enumerate(tasks):
         task = graph.tasks[index]
         track = FIRST_WORKER_TRACK + worker
         arguments = {"op": split_label(graph.ops[task.op])[1], "step": step, "bytes": task.cost_bytes}
@@ -105,7 +106,7 @@ def _arrows(profile: Profile, step: int, clock: _Clock, numbers: Iterator[int]) 
     """From the beginning of a signal to where the waiting task begins to run."""
     from tri_mpk.profiler import RUN, SIGNAL
 
-    times, worker_of = profile.times[profile.index(step)], profile.worker_of
+    times, worker_of = profile.times[profile.index(step)], profile.worker_of[profile.index(step)]
     for number, event in enumerate(profile.program.events.events):
         if not event.consumers:
             continue

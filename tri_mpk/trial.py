@@ -13,6 +13,12 @@ from tri_mpk.scheduler.examples import NUM_WORKERS, large_graphs
 from tri_mpk.scheduler.self_check import Tally, self_check
 
 ALL = "all"
+# beside the kinds of damage, a row each: what to call it, what fraction of the cases, and options of `self_check`
+EXTRA = (
+    ("pools", 16, {"dynamic": True}),
+    ("values", 4, {"values": True}),
+    ("values, one at a time", 4, {"values": True, "apart": True}),
+)
 
 
 def run_trial(num_cases: int, seed: int, num_tasks: int, progress: bool) -> dict[str, object]:
@@ -25,10 +31,13 @@ def run_trial(num_cases: int, seed: int, num_tasks: int, progress: bool) -> dict
             tallies[kind].add(judgement)
         if not judgement.agree:
             disagreements.append(f"seed {seed}, {judgement}")
+    extra = [(what, _judge_all(num_cases // part, seed, options, progress)) for what, part, options in EXTRA]
     seconds = time.perf_counter() - started
-    errors = sorted(tallies[ALL].rejected)
     total = tallies.pop(ALL)
     rows = [_row(kind, tally) for kind, tally in tallies.items()] + [_row(ALL, total)] * bool(num_cases)
+    rows += [_row(what, tally) for what, (tally, _) in extra if tally.cases]
+    disagreements += [text for _, (_, texts) in extra for text in texts]
+    errors = sorted({error for tally in (total, *(tally for _, (tally, _) in extra)) for error in tally.rejected})
     return {
         "seed": seed,
         "kinds": rows,
@@ -37,6 +46,16 @@ def run_trial(num_cases: int, seed: int, num_tasks: int, progress: bool) -> dict
         "seconds": round(seconds, 2),
         "large": time_large_graphs(num_tasks) if num_tasks else [],
     }
+
+
+def _judge_all(num_cases: int, seed: int, options: dict[str, bool], progress: bool) -> tuple[Tally, list[str]]:
+    tally, disagreements = Tally(), []
+    judgements = self_check(num_cases, seed, **options)
+    for judgement in tqdm(judgements, ", ".join(options), num_cases, leave=False, disable=not progress):
+        tally.add(judgement)
+        if not judgement.agree:
+            disagreements.append(f"seed {seed}, {', '.join(options)}, {judgement}")
+    return tally, disagreements
 
 
 def _row(kind: str, tally: Tally) -> dict[str, object]:

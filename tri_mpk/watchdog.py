@@ -12,7 +12,7 @@ from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler.descriptor import STUCK_IN_POOL
-from tri_mpk.scheduler.watchdog import Cause, Diagnosis, StuckWait, diagnose, wait_in_pool
+from tri_mpk.scheduler.watchdog import Cause, Diagnosis, StuckWait, diagnose, wait_in_pool, waited_event
 
 
 def timeout_error(
@@ -24,7 +24,7 @@ def timeout_error(
 ) -> MegakernelTimeout:
     """The error for a launch that was aborted, with the control block and all event counters as it left them."""
     names = _Names(program)
-    stuck = stuck_wait(program, control, names.worker_of)
+    stuck = stuck_wait(program, control, counters, names.worker_of)
     first_epoch = control[words.CONTROL_FIRST_EPOCH.value]
     if stuck.pool is not None:
         stuck = wait_in_pool(program.events, program.schedule, counters, first_epoch, stuck)
@@ -47,14 +47,17 @@ def timeout_error(
     )
 
 
-def stuck_wait(program: Program, control: Sequence[int], worker_of: dict[int, int]) -> StuckWait:
+def stuck_wait(
+    program: Program, control: Sequence[int], counters: Sequence[int], worker_of: dict[int, int]
+) -> StuckWait:
     """What the worker that gave up first has recorded."""
     task = control[words.CONTROL_STUCK_TASK.value]
     seen, wanted = control[words.CONTROL_STUCK_SEEN.value], control[words.CONTROL_STUCK_WANTED.value]
     if task < 0:
         pool, worker = divmod(-1 - task, STUCK_IN_POOL)
         return StuckWait(worker, None, STEP_EVENT, seen, wanted, pool=pool - 1 if pool else None)
-    return StuckWait(worker_of[task], task, program.events.wait[task], seen, wanted)
+    event = waited_event(program.events, task, wanted, counters)
+    return StuckWait(worker_of[task], task, event, seen, wanted)
 
 
 def differing_tasks(program: Program, found: np.ndarray, packed: np.ndarray) -> set[int]:
@@ -82,7 +85,7 @@ class _Names:
         if found.cause is Cause.STOPPED:
             return f"a worker that did not leave stopped before it had done {who}"
         if found.cause is Cause.LOST:
-            total = sum(signals.count(found.event) for signals in self.program.events.signals)
+            total = self.program.events.events[found.event].count  # every one of them signals, or somebody for it
             lost = f"{found.missing} of {total} signals of event {found.event} never came"
             return f"{lost}, to be given by {'one of ' if len(found.suspects) > 1 else ''}{who}"
         if found.cause is Cause.LATE:

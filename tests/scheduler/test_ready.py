@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import ctypes
 import inspect
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from ptx_emulator import Block
 from scheduler_helpers import chain
-from tri_mpk.scheduler import derive_events, ready, schedule
+from tri_mpk.scheduler import by_value, derive_events, ready, schedule
 from tri_mpk.scheduler.descriptor import SLOT_STRIDE, CounterLayout, pack
 from tri_mpk.scheduler.device import TASK_SIGNALS
 
@@ -91,10 +92,10 @@ class Threads(Block):
         assert suffixes == ["async", "wait_all"]
 
 
-def releasing_asm() -> str:
-    """The assembly in `signal_and_release`."""
-    tree = ast.parse(inspect.getsource(ready))
-    (function,) = [node for node in tree.body if getattr(node, "name", None) == "signal_and_release"]
+def asm_of(module: ModuleType, name: str) -> str:
+    """The assembly in a device function."""
+    tree = ast.parse(inspect.getsource(module))
+    (function,) = [node for node in tree.body if getattr(node, "name", None) == name]
     (text,) = [
         node.value
         for node in ast.walk(function)
@@ -112,7 +113,7 @@ def test_whoever_completes_an_event_releases_its_tasks(first_epoch: int):
     words = pack(graph, events, queues, 16, [[]], {}).words
     descriptors = {int(word[0] >> 32): word for word in words if word[0] >> 32 >= 0}
     counters = layout.before(first_epoch)
-    asm = releasing_asm()
+    asm = asm_of(ready, "signal_and_release")
     (tasks,) = queues.pools
     for epoch in range(first_epoch, first_epoch + 3):
         released = []
@@ -132,3 +133,9 @@ def test_whoever_completes_an_event_releases_its_tasks(first_epoch: int):
         counters[layout.tickets(0) :][:1] += len(tasks) + queues.num_entries(0)
         expected = layout.before((epoch + 1 + 2**31) % 2**32 - 2**31)
         assert (counters[: layout.slots(0)] == expected[: layout.slots(0)]).all()
+
+
+def test_one_thread_signals_by_a_value():
+    counters = np.zeros(96, dtype=np.int32)
+    Threads([np.full(512, counters[32:].ctypes.data, np.uint64)]).execute(asm_of(by_value, "signal_by_value"))
+    assert counters[32] == 1 and counters.sum() == 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler_helpers import chain, graphs
+from scheduler_helpers import GraphBuilder, chain, graphs
 from tri_mpk.scheduler import TaskGraph, derive_events, schedule
 from tri_mpk.scheduler.examples import decoder_graph
 from tri_mpk.scheduler.simulate import StepTime, Work, WorkerRates, step_time
@@ -29,6 +29,24 @@ INFINITE = float("inf")
 def simulate(graph: TaskGraph, num_workers: int, work: Work, rates: WorkerRates) -> StepTime:
     events = derive_events(graph)
     return step_time(events, schedule(graph, events, num_workers), work, rates)
+
+
+def test_tasks_of_a_pool_go_to_who_is_free_and_cost_a_ticket():
+    """One task of a, and two of b that nobody has a queue for: both workers take one, 10 after a's signal."""
+    builder = GraphBuilder(x=((1,), False), y=((2,), False))
+    builder.op("a")
+    builder.task(writes=["x[0:1]"])
+    builder.op("b")
+    for i in range(2):
+        builder.task(["x[0:1]"], [f"y[{i}:{i + 1}]"])
+    events = derive_events(builder.graph)
+    rates = replace(RATES, ticket_s=3.0)
+    for num_workers, expected in ((1, 4 + 10 + 2 * (4 + 3) + 10), (2, 4 + 10 + 4 + 3 + 10)):
+        queues = schedule(builder.graph, events, num_workers, dynamic=[1])
+        time = step_time(events, queues, three(0, 0, 0), rates)
+        assert time.step_s == time.chain_s == expected
+        loaded = step_time(events, queues, replace(three(0, 0, 0), load_bytes=[0, 30, 30]), rates)
+        assert loaded.stream_s == 60 / num_workers
 
 
 def three(*stream_bytes: int) -> Work:
