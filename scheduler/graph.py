@@ -6,6 +6,7 @@ Everything else (events, queues, proofs) is derived from the declared regions.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 Box = tuple[tuple[int, int], ...]  # half-open interval per dimension
@@ -56,6 +57,9 @@ class Task:
     variant: int = 0  # branch of the generated kernel
     fields: dict[str, int | Address] = field(default_factory=dict)
     stream: WeightStream | None = None
+    # of kernels on several ranks, see ranks.py
+    pushes: tuple[Region, ...] = ()  # of symmetric tensors, without the first coordinate: written on every rank
+    to_all_ranks: bool = False  # its signals go to the events of all ranks
 
 
 @dataclass(slots=True)
@@ -100,6 +104,16 @@ class Events:
     signals: list[list[int]]
     num_pairs: int = 0  # (producer, consumer) pairs of tasks that had to be ordered, before sets of them were fused
     max_pairs: int = 0  # the most of one consumer
+    weights: list[int] = field(default_factory=list)  # per task: signals that an event gets from it and its like on
+    # other ranks; empty on one rank, where that is 1
+
+    def totals(self) -> Counter[int]:
+        """The signals that each event gets per step."""
+        totals: Counter[int] = Counter()
+        for task, signals in enumerate(self.signals):
+            for event in signals:
+                totals[event] += self.weights[task] if self.weights else 1
+        return totals
 
 
 STEP_EVENT = 0

@@ -114,7 +114,7 @@ def missing_signals(
     The last epoch is the one that some signal belongs to, since all workers but those at fault have gone through it;
     or the one whose end is waited for. `num_leaving` workers signal the step event when they have left their last pool.
     """
-    totals = Counter(event for signals in events.signals for event in signals)
+    totals = events.totals()
     totals[STEP_EVENT] += num_leaving
     base = first_epoch - 1
     given = {event: wrap_int32(counters[event] - base * total) for event, total in totals.items()}

@@ -72,17 +72,20 @@ def load(message: dict) -> dict:
     spec = importlib.util.spec_from_file_location("megakernel", message["source"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tensors = [open_tensor(path, size, torch.uint8) for path, size in message["tensors"]]
-    bases = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    files = {path: open_tensor(path, size, torch.uint8) for path, size, _ in message["tensors"]}
+    shared = []
+    for path, size, dtype in message["arguments"]:  # a heap is mapped once: counters and tensors lie in it
+        whole = files[path] if path in files else open_tensor(path, size, torch.uint8)
+        shared.append(whole[: size // dtype.itemsize * dtype.itemsize].view(dtype))
+    bases = torch.tensor([files[path].data_ptr() + at for path, _, at in message["tensors"]], dtype=torch.int64)
     queue = message["words"].view(-1).clone()
     addresses = message["signs"] * bases[message["indices"]]
     queue.index_add_(0, message["positions"], addresses)
-    shared = [open_tensor(path, size, dtype) for path, size, dtype in message["arguments"]]
     return {
         "kernel": module.megakernel,
         "arguments": [queue, message["queue_start"], *shared],
         "relocations": (message["positions"], addresses),
-        "keep": tensors,
+        "keep": files,
         "worker": message["worker"],
         "task_words": message["words"].shape[1],
     }

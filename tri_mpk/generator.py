@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device, ready, timing
+from tri_mpk.scheduler import device, peers, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -42,7 +42,7 @@ USED = (
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
-SCHEDULER_MODULES = (device, timing, ready)
+SCHEDULER_MODULES = (device, timing, ready, peers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class KernelConstants:
     portable: bool  # Triton atomics instead of PTX: what the interpreter runs
     profile: bool = False  # tasks leave time stamps: see scheduler/timing.py
     pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
+    ranks: int = 1  # that run this kernel in step: see scheduler/peers.py
 
 
 def field_names(op: Op) -> list[str]:
@@ -72,8 +73,10 @@ def field_names(op: Op) -> list[str]:
     return [p.name for p in op.tile.params if not p.is_constexpr and p.name not in KERNEL_PARAMETERS]
 
 
-def task_words(ops: Iterable[Op], profile: bool = False) -> int:
+def task_words(ops: Iterable[Op], profile: bool = False, ranks: int = 1) -> int:
     """Size of a task descriptor in int64 words: whole 64-byte lines."""
+    if ranks > 1:
+        return peers.PEER_TASK_WORDS
     used = TASK_FIELDS + max(len(field_names(op)) for op in ops)
     words = -(-used // 8) * 8
     if profile:
@@ -85,12 +88,16 @@ def task_words(ops: Iterable[Op], profile: bool = False) -> int:
 
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
-    words = task_words((v.op for v in variants), constants.profile)
+    words = task_words((v.op for v in variants), constants.profile, constants.ranks)
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
     if constants.profile:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
     if constants.pools:
         roots.append(ready.take_ticket)
+    ranks = []
+    if constants.ranks > 1:
+        roots.append(peers.wait_counter_of_ranks)
+        ranks.append(f"RANKS = tl.constexpr({constants.ranks})  # run this kernel in step, each on its shard")
     replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
@@ -105,6 +112,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
         f"RING = tl.constexpr({constants.ring})  # weights come through rings in shared memory, not by plain loads",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
+        *ranks,
         "",
         *_definitions(roots, replaced),
         "",
@@ -191,6 +199,7 @@ STEP_END = """\
         step += 1
     drain_ring(ring, RING)
 """
+WAIT_FOR_RANKS = "wait_counter(", "wait_counter_of_ranks("
 
 
 def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str]:
@@ -199,7 +208,8 @@ def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str
     if constants.pools:
         loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP
         branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches]
-    lines = [*loop.splitlines(), *branches, *STEP_END.splitlines()]
+    step_end = STEP_END.replace(*WAIT_FOR_RANKS) if constants.ranks > 1 else STEP_END
+    lines = [*loop.splitlines(), *branches, *step_end.splitlines()]
     return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
 
 

@@ -115,7 +115,7 @@ def critical_path(program: Program) -> list[int]:
                 depth[task] = depth[deepest[event]] + 1
             next_slot[worker] += 1
             for signal in events.signals[task]:
-                missing[signal] -= 1
+                missing[signal] -= events.weights[task] if events.weights else 1  # ranks that run in step
                 if deepest[signal] < 0 or depth[task] > depth[deepest[signal]]:
                     deepest[signal] = task
                 if not missing[signal]:
