@@ -21,13 +21,13 @@ from tri_mpk.scheduler.peers import push, signal_ranks
 def all_gather_tile(
     task, event_ptr, control_ptr, epoch,
     x_ptr, y_ptr,  # in, out
-    first, num,
+    row_of_rank, first, num,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + first + at, mask=at < num, other=0.0)
-    push(task, y_ptr + first + at, x.to(y_ptr.dtype.element_ty), at < num, SIZE, RANKS, PORTABLE)
+    push(task, y_ptr + row_of_rank + first + at, x.to(y_ptr.dtype.element_ty), at < num, SIZE, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
 
 
@@ -46,10 +46,11 @@ def cut_all_gather(
                 reads=(input.span(lo, hi),),
                 writes=(output.span(lo, hi),),
                 cost_bytes=(hi - lo) * input.dtype.itemsize,
-                fields={"x_ptr": Address(input.name), "first": lo, "num": hi - lo},
+                fields={name: Address(tensor.name) for name, tensor in tensors.items()}
+                | {"row_of_rank": rank * size, "first": lo, "num": hi - lo},
             )
         )
-    return push_to_all(cut, rank, y_ptr=output)
+    return push_to_all(cut, output)
 
 
 def all_gather_torch(inputs: list[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tri_mpk.ops.gemv import end_rows, inverse_rms, load_segment, row_sums, stream_rows
 from tri_mpk.ops.op import Cut, TensorHandle, even_ranges, next_power_of_2
-from tri_mpk.scheduler.graph import Address
+from tri_mpk.scheduler.graph import Address, Region
 
 
 @triton.jit
@@ -128,15 +128,14 @@ def read_sum(cut: Cut, x: TensorHandle, parts: TensorHandle, total: TensorHandle
     return cut
 
 
-def push_to_all(cut: Cut, rank: int, **outputs: TensorHandle) -> Cut:
-    """Changes a cut so that what its tasks write to these pointers goes to row `rank` of symmetric tensors, on all
-    ranks.
+def push_to_all(cut: Cut, *outputs: TensorHandle) -> Cut:
+    """Changes a cut so that what its tasks write to these symmetric tensors goes to this rank's row, on all ranks.
+
+    The row's place is for the tile function to add: pointers are aligned to 16 bytes, rows need not be.
     """
-    rows = {tensor.name: tensor for tensor in outputs.values()}
+    names = {tensor.name for tensor in outputs}
     for task in cut.tasks:
-        task.pushes = tuple(type(r)(r.tensor, r.box[1:]) for r in task.writes if r.tensor in rows)
-        task.writes = tuple(r for r in task.writes if r.tensor not in rows)
+        task.pushes = tuple(Region(r.tensor, r.box[1:]) for r in task.writes if r.tensor in names)
+        task.writes = tuple(r for r in task.writes if r.tensor not in names)
         task.to_all_ranks = True
-        for pointer, tensor in outputs.items():
-            task.fields[pointer] = Address(tensor.name, rank * tensor.dims[1])
     return cut

@@ -26,7 +26,7 @@ from tri_mpk.scheduler.peers import push, signal_ranks
 def rank_attention_output_tile(
     task, event_ptr, control_ptr, epoch, step, ring,
     parts_ptr, lse_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, in, out
-    row0, num_rows,
+    row_of_rank, row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SIZE: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
     PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -54,16 +54,14 @@ def rank_attention_output_tile(
                 y += tl.sum(w * merged[None, :], axis=1)
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        push(task, y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), row < num_rows, SIZE, RANKS, PORTABLE)
+        push(task, y_ptr + row_of_rank + row0 + row, y.to(y_ptr.dtype.element_ty), row < num_rows, SIZE, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
     return ring
 
 
 def cut_rank_attention_output(machine: Machine, *, output: TensorHandle, rank: int, **others: object) -> Cut:
     cut = cut_attention_output(machine, residual=output, output=output, **others)
-    for task in cut.tasks:
-        del task.fields["residual_ptr"]
-    return push_to_all(without_residual(cut, output), rank, y_ptr=output)
+    return push_to_all(without_residual(cut, output, rank), output)
 
 
 def rank_attention_output_torch(

@@ -22,7 +22,7 @@ from tri_mpk.scheduler.peers import push, signal_ranks
 def rank_embedding_tile(
     task, event_ptr, control_ptr, epoch, step,
     tokens_ptr, table_ptr, y_ptr,  # in, in, out
-    first_row, num_table_rows, col0, num_cols,
+    row_of_rank, first_row, num_table_rows, col0, num_cols,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
@@ -31,7 +31,7 @@ def rank_embedding_tile(
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_cols
     y = tl.load(table_ptr + row * D + col0 + cols, mask=mask & here, other=0.0)
-    push(task, y_ptr + col0 + cols, y.to(y_ptr.dtype.element_ty), mask, SIZE, RANKS, PORTABLE)
+    push(task, y_ptr + row_of_rank + col0 + cols, y.to(y_ptr.dtype.element_ty), mask, SIZE, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
 
 
@@ -49,8 +49,10 @@ def cut_rank_embedding(
     del cut.constants["V"]  # ranks may have a row more or less and share a kernel all the same
     cut.constants["SIZE"] = output.dtype.itemsize
     for task in cut.tasks:
-        task.fields |= {"first_row": first_row, "num_table_rows": weight.dims[0]}
-    return push_to_all(cut, rank, y_ptr=output)
+        task.fields |= {
+            "row_of_rank": rank * output.dims[1], "first_row": first_row, "num_table_rows": weight.dims[0]
+        }  # fmt: skip
+    return push_to_all(cut, output)
 
 
 def rank_embedding_torch(token: int, table: torch.Tensor, first_row: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tri_mpk.scheduler.peers import push, signal_ranks
 def rank_linear_tile(
     task, event_ptr, control_ptr, epoch, ring,
     x_ptr, weight_addr, bias_ptr, y_ptr,  # in, in, in, out
-    row0, num_rows,
+    row_of_rank, row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
     PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -37,7 +37,7 @@ def rank_linear_tile(
         )
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        push(task, y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), row < num_rows, SIZE, RANKS, PORTABLE)
+        push(task, y_ptr + row_of_rank + row0 + row, y.to(y_ptr.dtype.element_ty), row < num_rows, SIZE, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
     return ring
 
@@ -55,15 +55,17 @@ def cut_rank_linear(
     cut = cut_linear_residual(
         machine, input=input, weight=weight, residual=output, output=output, bias=bias, grid_dim=grid_dim
     )
-    return push_to_all(without_residual(cut, output), rank, y_ptr=output)
+    return push_to_all(without_residual(cut, output, rank), output)
 
 
-def without_residual(cut: Cut, output: TensorHandle) -> Cut:
+def without_residual(cut: Cut, output: TensorHandle, rank: int) -> Cut:
     """Of a cut that was made with the output in place of the residual."""
     del cut.pointers["residual_ptr"]
     cut.constants["SIZE"] = output.dtype.itemsize
     for task in cut.tasks:
         task.reads = tuple(region for region in task.reads if region.tensor != output.name)
+        del task.fields["residual_ptr"]
+        task.fields["row_of_rank"] = rank * output.dims[1]
     return cut
 
 

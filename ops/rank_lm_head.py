@@ -76,8 +76,9 @@ def cut_rank_lm_head(
     cut = read_sum(cut_lm_head(machine, input=input, **best, **others), input, parts)
     cut.pointers |= {"best_value_ptr": best_value, "best_index_ptr": best_index}
     for task in cut.tasks:
+        task.fields["part"] += rank * best_value.dims[1]
         task.fields["first_row"] = first_row
-    return push_to_all(cut, rank, best_value_ptr=best_value, best_index_ptr=best_index)
+    return push_to_all(cut, best_value, best_index)
 
 
 def rank_lm_head_torch(

@@ -22,12 +22,13 @@ from tri_mpk.scheduler.peers import push, signal_ranks
 def stop_request_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step,
     asked_ptr,  # out
+    place,
     RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     asks = step % STOP_INTERVAL == 0
     asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    push(task, asked_ptr, asked.to(tl.int32), None, 4, RANKS, PORTABLE)
+    push(task, asked_ptr + place, asked.to(tl.int32), None, 4, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
 
 
@@ -40,7 +41,7 @@ def cut_stop_request(machine: Machine, *, output: TensorHandle, rank: int, grid_
         reads=(),
         writes=(),
         cost_bytes=8,
-        fields={"asked_ptr": Address(output.name, rank * output.dims[1])},
+        fields={"asked_ptr": Address(output.name), "place": rank * output.dims[1]},
         pushes=(Region(output.name, ((0, 1),)),),
         to_all_ranks=True,
     )

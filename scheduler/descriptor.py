@@ -151,7 +151,7 @@ def pack(
         if isinstance(value, Address):
             index = tensor_index.setdefault(value.tensor, len(tensor_index))
             relocations.append((record * task_words + word, index, sign))
-            value = value.offset and value.offset * itemsize[value.tensor]
+            value = value.offset and value.offset * itemsize[value.tensor]  # heaps have no element size
         words[record, word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
