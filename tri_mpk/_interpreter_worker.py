@@ -63,6 +63,22 @@ def delay_at_random(seed: str, worker: int) -> None:
         setattr(interpreter.InterpreterBuilder, name, delayed)
 
 
+def yield_between_polls() -> None:
+    """With several ranks there are more workers than cores: who waits leaves its core to those that work."""
+    wrapped = interpreter.InterpreterBuilder.create_atomic_rmw
+    last = None
+
+    def patient(self, op, ptr, *args):
+        nonlocal last
+        place = int(np.ravel(ptr.data)[0])
+        if place == last:
+            time.sleep(0.0005)
+        last = place
+        return wrapped(self, op, ptr, *args)
+
+    interpreter.InterpreterBuilder.create_atomic_rmw = patient
+
+
 def open_tensor(path: str, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_file(path, shared=True, size=num_bytes // dtype.itemsize, dtype=dtype)
 
@@ -121,6 +137,8 @@ def main() -> None:
         try:
             if message["what"] == "load":
                 state = load(message)
+                if message["ranks"] > 1:
+                    yield_between_polls()
                 if seed := os.environ.get("TRI_MPK_TEST_DELAYS"):
                     delay_at_random(seed, message["worker"])
             elif message["what"] == "queue":

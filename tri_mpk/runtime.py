@@ -413,6 +413,7 @@ class InterpreterRuntime(Runtime):
         arguments = (self.events, self.control, tensors["step"].data, self.mailbox)
         message = {
             "what": "load",
+            "ranks": self.program.num_ranks,
             "source": str(self.source_path),
             "tensors": [self._locate(name) for name in packed.tensor_names],
             "words": torch.from_numpy(packed.words),
