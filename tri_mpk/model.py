@@ -62,6 +62,7 @@ class CausalLM:
         self.tuning_source = "cost model" if tuning is None else "given"
         if tuning is None and device.type == "cuda":
             tuning, self.tuning_source = find_tuning(find_profile(device)[0], self.shape, self.dtype, num_workers)
+        self.shard = shard
         rank, world_size = (0, 1) if shard is None else (shard.rank, shard.world_size)
         self.ranks: Ranks | None = None
         if world_size > 1 and device.type != "meta":

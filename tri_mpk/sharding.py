@@ -111,6 +111,7 @@ def local_model(shard: Shard, dtype: torch.dtype, device: torch.device, read: Re
     model = empty_model(config, dtype)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its buffers were empty too
+    model.tie_weights()  # first, so that tied weights are read once
     for name, parameter in model.named_parameters():
         part = read(name, shard.part(name))
         if tuple(part.shape) != tuple(parameter.shape):
@@ -121,7 +122,6 @@ def local_model(shard: Shard, dtype: torch.dtype, device: torch.device, read: Re
         parameter.data.copy_(part)
         if shard.rank and name.endswith("o_proj.bias"):
             parameter.data.zero_()
-    model.tie_weights()
     return model.eval()
 
 

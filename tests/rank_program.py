@@ -1,0 +1,222 @@
+"""What one of several ranks does in a test: `python rank_program.py CASE ARGUMENTS`, started by ranks.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import time
+import zlib
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+import tri_mpk
+from decoders import prompt, tiny_config, transformers_model
+from tri_mpk import CausalLM
+from tri_mpk.runtime import InterpreterRuntime
+
+FEW_POLLS_S = 0.5  # in the interpreter: 2500 polls
+
+
+def say(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def pair(family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, **changes: object):
+    theirs = transformers_model(tiny_config(family, **changes))
+    ours = tri_mpk.from_model(
+        copy.deepcopy(theirs), device="cpu", max_seq_len=max_seq_len, num_workers=2, wait_bound_s=wait_bound_s,
+        progress=False,
+    )  # fmt: skip
+    return ours, theirs
+
+
+def digest(*tensors: torch.Tensor) -> int:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes(), value)
+    return value
+
+
+def residual_bits(model: CausalLM) -> int:
+    """Of all that should be the same on all ranks after a step."""
+    tensors = model.kernel.tensors
+    names = ("x", "x_attention", "parts_x", "parts_attention", "best_value", "best_index", "asked", "tokens")
+    return digest(*(tensors[name].data for name in names))
+
+
+@torch.no_grad()
+def decode(length: int = 3, num_new: int = 4, repeats: int = 2, **parameters: Any) -> None:
+    """Tokens, and logits of all positions, beside transformers'."""
+    ours, theirs = pair(**parameters)
+    input_ids = prompt(length)
+    result: dict[str, Any] = {"tokens": [], "residual": [], "logits": []}
+    for _ in range(repeats):
+        result["tokens"].append(ours.generate(input_ids, max_new_tokens=num_new)[0].tolist())
+        result["residual"].append(residual_bits(ours))
+        logits = ours(input_ids).logits
+        result["logits"].append(digest(logits))
+    exact = theirs(input_ids).logits
+    result["expected"] = theirs.generate(input_ids, max_new_tokens=num_new)[0].tolist()
+    result["error"] = float((logits - exact).norm() / exact.norm())
+    say(result)
+
+
+class AtToken(BaseStreamer):
+    def __init__(self, n: int, action):
+        self.left, self.action = n + 1, action
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+    def end(self) -> None: ...
+
+
+def stop_on_one_rank(stopping: int) -> None:
+    """One rank's streamer fails; all ranks end after the same step, and the model stays usable."""
+    ours, theirs = pair()
+
+    def fail() -> None:
+        raise ValueError("enough")
+
+    streamer = AtToken(1, fail) if ours.kernel.rank == stopping else None
+    failed = False
+    try:
+        ours.generate(prompt(2), max_new_tokens=60, streamer=streamer)
+    except ValueError:
+        failed = True
+    step = int(ours.kernel.step.data)
+    equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
+    say({"failed": failed, "step": step, "equal": equal})
+
+
+def epochs(start: int) -> None:
+    """Steps across the wrap-around of the epoch and of counters."""
+    ours, theirs = pair()
+    expected = theirs.generate(prompt(2), max_new_tokens=3)
+    ours.compile()
+    ours.kernel.runtime.set_epoch(start)
+    equal = [torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected) for _ in range(2)]
+    say({"equal": equal, "next": ours.kernel.runtime.next_epoch})
+
+
+def hang(**parameters: Any) -> None:
+    """Decodes until something happens to another rank, and says what it was."""
+    ours, _ = pair(max_seq_len=512, wait_bound_s=20.0, **parameters)
+    ours.generate(prompt(2), max_new_tokens=2)
+    ours.kernel.runtime.wait_bound_s = FEW_POLLS_S
+    say({"pids": [os.getpid(), *(worker.pid for worker in ours.kernel.runtime.workers)]})
+    started = []
+    try:
+        ours.generate(prompt(2), max_new_tokens=500, streamer=AtToken(2, lambda: say("decoding")))
+    except tri_mpk.TriMpkError as error:
+        facts = ("rank", "silent_ranks", "event", "seen", "wanted", "task", "root_cause")
+        say({"error": type(error).__name__, "text": str(error)} | {n: getattr(error, n, None) for n in facts})
+        return
+    say({"error": None, "started": started})
+
+
+def lost_signal(on: int) -> None:
+    """One counter of one rank lacks a signal; all ranks end, and the next launch is right."""
+    ours, theirs = pair(wait_bound_s=20.0)
+    expected = theirs.generate(prompt(2), max_new_tokens=3)
+    ours.compile()
+    runtime = ours.kernel.runtime
+    runtime.wait_bound_s = FEW_POLLS_S
+    if ours.kernel.rank == on:
+        runtime.events[32] -= 1
+    try:
+        ours.generate(prompt(2), max_new_tokens=3)
+        error = None
+    except tri_mpk.MegakernelTimeout as caught:
+        error = {"rank": caught.rank, "silent": caught.silent_ranks, "text": str(caught)}
+    runtime.wait_bound_s = 20.0
+    say({"error": error, "equal": torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected)})
+
+
+def dead_worker(on: int) -> None:
+    """A worker of one rank is killed in a launch; its host says so, the other ranks time out, and all go on."""
+    ours, theirs = pair(wait_bound_s=20.0)
+    expected = theirs.generate(prompt(2), max_new_tokens=3)
+    ours.compile()
+    runtime = ours.kernel.runtime
+    runtime.wait_bound_s = FEW_POLLS_S
+    streamer = AtToken(2, runtime.workers[1].kill) if ours.kernel.rank == on else None
+    try:
+        ours.generate(prompt(2), max_new_tokens=50, streamer=streamer)
+        error = None
+    except tri_mpk.TriMpkError as caught:
+        error = type(caught).__name__
+    runtime.wait_bound_s = 20.0
+    say({"error": error, "equal": torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected)})
+
+
+def refuse(what: str) -> None:
+    """A mistake that is named before anything is launched, on all ranks."""
+    rank = int(os.environ["RANK"])
+    try:
+        if what == "prompt":
+            ours, _ = pair()
+            ours.generate(prompt(2, seed=1 + rank), max_new_tokens=2)
+        elif what == "length":
+            pair(max_seq_len=64 + rank)
+        elif what == "config":
+            pair(rms_norm_eps=1e-5 * (1 + rank))
+        elif what == "workers":
+            ours, _ = pair()
+            ours.kernel.program = None
+        elif what == "world":
+            theirs = transformers_model(tiny_config())
+            tri_mpk.from_model(theirs, device="cpu", tensor_parallel=3, progress=False)
+        elif what == "absent":
+            from tri_mpk import distributed
+
+            distributed.MEET_BOUND_S = 2.0
+            ours, _ = pair()
+            ours.compile()
+            if rank == 0:
+                ours.generate(prompt(2), max_new_tokens=2)
+            time.sleep(4.0)
+        else:
+            pair(**json.loads(what))
+        say({"error": None})
+    except Exception as error:
+        say({"error": type(error).__name__, "text": str(error)})
+
+
+@torch.no_grad()
+def checkpoint(folder: str) -> None:
+    """From safetensors files, of which only a part is read."""
+    from transformers import AutoModelForCausalLM
+
+    ours = tri_mpk.from_pretrained(folder, device="cpu", max_seq_len=64, num_workers=2, progress=False)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    held = sum(t.data.numel() for n, t in ours.kernel.tensors.items() if t.dtype.is_floating_point and len(t.dims) == 2)
+    equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
+    say({"equal": equal, "held": held, "whole": sum(p.numel() for p in theirs.parameters() if p.dim() == 2)})
+
+
+@torch.no_grad()
+def bench() -> None:
+    """The parts of the benchmark that run on a CPU: weights, caches and logits of ranks are those of one model."""
+    from tri_mpk.benchmark import fill_cache
+    from tri_mpk.rank_benchmark import check_contexts
+
+    config = tiny_config("qwen3", num_attention_heads=4, num_key_value_heads=2, vocab_size=97)
+    ours = tri_mpk.from_config(config, device="cpu", max_seq_len=128, num_workers=2, progress=False)
+    fill_cache(ours)
+    assert ours.dtype is torch.float32
+    found = check_contexts(ours, [37], print)
+    say({"errors": found.get(37)})
+
+
+if __name__ == "__main__":
+    assert InterpreterRuntime is not None
+    {f.__name__: f for f in (
+        decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench,
+    )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip
