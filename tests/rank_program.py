@@ -16,7 +16,6 @@ from transformers.generation.streamers import BaseStreamer
 import tri_mpk
 from decoders import prompt, tiny_config, transformers_model
 from tri_mpk import CausalLM
-from tri_mpk.runtime import InterpreterRuntime
 
 FEW_POLLS_S = 0.5  # in the interpreter: 2500 polls
 
@@ -25,12 +24,15 @@ def say(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def pair(family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, **changes: object):
+def pair(
+    family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, on_gpu: bool = False, **changes: object
+):
+    """Our part of a tiny model, and all of transformers'. On a GPU in fp32 too, but with workers as the GPU has SMs."""
     theirs = transformers_model(tiny_config(family, **changes))
+    where = {"dtype": torch.float32} if on_gpu else {"device": "cpu", "num_workers": 2}
     ours = tri_mpk.from_model(
-        copy.deepcopy(theirs), device="cpu", max_seq_len=max_seq_len, num_workers=2, wait_bound_s=wait_bound_s,
-        progress=False,
-    )  # fmt: skip
+        copy.deepcopy(theirs), max_seq_len=max_seq_len, wait_bound_s=wait_bound_s, progress=False, **where
+    )
     return ours, theirs
 
 
@@ -59,7 +61,7 @@ def decode(length: int = 3, num_new: int = 4, repeats: int = 2, **parameters: An
         result["residual"].append(residual_bits(ours))
         logits = ours(input_ids).logits
         result["logits"].append(digest(logits))
-    exact = theirs(input_ids).logits
+    exact, logits = theirs(input_ids).logits, logits.cpu()
     result["expected"] = theirs.generate(input_ids, max_new_tokens=num_new)[0].tolist()
     result["error"] = float((logits - exact).norm() / exact.norm())
     say(result)
@@ -77,9 +79,9 @@ class AtToken(BaseStreamer):
     def end(self) -> None: ...
 
 
-def stop_on_one_rank(stopping: int) -> None:
+def stop_on_one_rank(stopping: int, **parameters: Any) -> None:
     """One rank's streamer fails; all ranks end after the same step, and the model stays usable."""
-    ours, theirs = pair()
+    ours, theirs = pair(**parameters)
 
     def fail() -> None:
         raise ValueError("enough")
@@ -87,7 +89,7 @@ def stop_on_one_rank(stopping: int) -> None:
     streamer = AtToken(1, fail) if ours.kernel.rank == stopping else None
     failed = False
     try:
-        ours.generate(prompt(2), max_new_tokens=60, streamer=streamer)
+        ours.generate(prompt(2), max_new_tokens=ours.max_seq_len - 4, streamer=streamer)
     except ValueError:
         failed = True
     step = int(ours.kernel.step.data)
@@ -105,29 +107,29 @@ def epochs(start: int) -> None:
     say({"equal": equal, "next": ours.kernel.runtime.next_epoch})
 
 
-def hang(**parameters: Any) -> None:
+def hang(bound_s: float = FEW_POLLS_S, max_seq_len: int = 512, **parameters: Any) -> None:
     """Decodes until something happens to another rank, and says what it was."""
-    ours, _ = pair(max_seq_len=512, wait_bound_s=20.0, **parameters)
+    ours, _ = pair(max_seq_len=max_seq_len, wait_bound_s=20.0, max_position_embeddings=65536, **parameters)
     ours.generate(prompt(2), max_new_tokens=2)
-    ours.kernel.runtime.wait_bound_s = FEW_POLLS_S
-    say({"pids": [os.getpid(), *(worker.pid for worker in ours.kernel.runtime.workers)]})
-    started = []
+    ours.kernel.runtime.wait_bound_s = bound_s
+    workers = getattr(ours.kernel.runtime, "workers", [])
+    say({"pids": [os.getpid(), *(worker.pid for worker in workers)]})
     try:
-        ours.generate(prompt(2), max_new_tokens=500, streamer=AtToken(2, lambda: say("decoding")))
+        ours.generate(prompt(2), max_new_tokens=max_seq_len - 4, streamer=AtToken(2, lambda: say("decoding")))
     except tri_mpk.TriMpkError as error:
         facts = ("rank", "silent_ranks", "event", "seen", "wanted", "task", "root_cause")
         say({"error": type(error).__name__, "text": str(error)} | {n: getattr(error, n, None) for n in facts})
         return
-    say({"error": None, "started": started})
+    say({"error": None})
 
 
-def lost_signal(on: int) -> None:
+def lost_signal(on: int, bound_s: float = FEW_POLLS_S, **parameters: Any) -> None:
     """One counter of one rank lacks a signal; all ranks end, and the next launch is right."""
-    ours, theirs = pair(wait_bound_s=20.0)
+    ours, theirs = pair(wait_bound_s=20.0, **parameters)
     expected = theirs.generate(prompt(2), max_new_tokens=3)
     ours.compile()
     runtime = ours.kernel.runtime
-    runtime.wait_bound_s = FEW_POLLS_S
+    runtime.wait_bound_s = bound_s
     if ours.kernel.rank == on:
         runtime.events[32] -= 1
     try:
@@ -215,8 +217,44 @@ def bench() -> None:
     say({"errors": found.get(37)})
 
 
+@torch.no_grad()
+def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3) -> None:
+    """On GPUs, in bf16: our distance to transformers in fp32 beside that of transformers in bf16."""
+    from tri_mpk.benchmark import kl_divergence, relative_l2
+    from tri_mpk.geometries import geometry
+    from tri_mpk.loading import random_model
+
+    config = tiny_config(**json.loads(name)) if name.startswith("{") else geometry(name)
+    ours = tri_mpk.from_config(config, dtype=torch.bfloat16, max_seq_len=1024, progress=False)
+    ours.generation_config.eos_token_id = None
+    input_ids = prompt(length, config.vocab_size)
+    result: dict[str, Any] = {"tokens": [], "residual": [], "logits": []}
+    for _ in range(repeats):
+        result["tokens"].append(ours.generate(input_ids, max_new_tokens=num_new)[0].tolist())
+        result["residual"].append(residual_bits(ours))
+        logits = ours(input_ids).logits
+        result["logits"].append(digest(logits))
+    if ours.kernel.rank == 0:
+        torch.set_float32_matmul_precision("highest")
+        theirs = random_model(config, 0, torch.bfloat16, ours.device)
+        rounded = theirs(input_ids.to(ours.device)).logits
+        theirs.float().set_attn_implementation("eager")
+        exact = theirs(input_ids.to(ours.device)).logits
+        for kind, found in (("ours", logits), ("bf16", rounded)):
+            result[kind] = relative_l2(found[0], exact[0]), kl_divergence(found[0], exact[0]) / length
+        # greedy tokens, teacher-forced with ours: equal where the margin is above the noise
+        text = torch.tensor([result["tokens"][0]], device=ours.device)
+        exact = theirs(text[:, :-1]).logits[0, length - 1 :]
+        best, second = exact.topk(2, -1).values.unbind(-1)
+        noise = 4 * (logits[0].float() - theirs(input_ids.to(ours.device)).logits[0]).abs().max()
+        sure = best - second > noise
+        result["sure"] = int(sure.sum())
+        result["wrong"] = int((exact.argmax(-1) != text[0, length:])[sure].sum())
+    ours.ranks.meet("the end")
+    say(result)
+
+
 if __name__ == "__main__":
-    assert InterpreterRuntime is not None
     {f.__name__: f for f in (
-        decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench,
+        decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

@@ -13,6 +13,7 @@ import pickle
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +28,7 @@ _meetings = itertools.count()  # every connection has keys of its own in the sto
 
 
 class Ranks:
-    """The connection between the ranks of one model. All calls but `say` and `silent` are collective."""
+    """The connection between the ranks of one model. All calls but `say` and `hear` are collective."""
 
     def __init__(self, rank: int, world_size: int, store: dist.Store, group: dist.ProcessGroup):
         self.rank, self.world_size = rank, world_size
@@ -76,16 +77,20 @@ class Ranks:
                         f" {rank}; all ranks must run the same script on equal machines"
                     )
 
-    def say(self, what: str) -> None:
-        """Leaves a word that `silent` looks for."""
-        self.store.set(f"{what}/{self.rank}", b"")
+    def say(self, what: str, text: str = "") -> None:
+        """Leaves a word that `hear` looks for. Nobody needs to be there."""
+        with suppress(dist.DistError, RuntimeError):  # the store may be gone
+            self.store.set(f"{what}/{self.rank}", text or " ")
 
-    def silent(self, what: str, bound_s: float) -> list[int]:
-        """The ranks that have not said it within the bound."""
+    def hear(self, what: str, bound_s: float) -> tuple[list[int], dict[int, str]]:
+        """The ranks that have said nothing about it within the bound, and what the others have said, if anything."""
+        keys = [f"{what}/{rank}" for rank in range(self.world_size)]
         try:
-            return self._missing([f"{what}/{rank}" for rank in range(self.world_size)], bound_s)
+            silent = self._missing(keys, bound_s)
+            texts = {rank: self.store.get(keys[rank]).decode() for rank in range(len(keys)) if rank not in silent}
         except (dist.DistError, RuntimeError):
-            return [0] if self.rank else []  # the store is gone; rank 0 kept it unless torchrun does
+            return [0] if self.rank else [], {}  # the store is gone; rank 0 kept it unless torchrun does
+        return silent, {rank: text for rank, text in texts.items() if text.strip()}
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks' tensors side by side: [..., n] of each rank, whose last dimensions may differ."""

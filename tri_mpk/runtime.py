@@ -35,7 +35,7 @@ from tri_mpk.scheduler import timing
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues, heap_name
 from tri_mpk.scheduler.watchdog import wrap_int32
 from tri_mpk.shared_memory import SharedMemory
-from tri_mpk.watchdog import differing_tasks, timeout_error
+from tri_mpk.watchdog import differing_tasks, stuck_text, timeout_error
 
 CONTROL_WORDS = words.CONTROL_RECORDS.value
 ARENA_BYTES = 2 << 20  # one page of a GPU's memory
@@ -73,6 +73,7 @@ class Runtime:
         self.program = program
         self.ranks = ranks  # None: there is only this one
         self.out_of_step = False  # counters do not stand where all ranks expect them
+        self.failure = ""  # of the last launch, for other ranks
         self.vocab_size = vocab_size
         self.wait_bound_s = wait_bound_s
         self.max_new_tokens = max_new_tokens
@@ -138,6 +139,7 @@ class Runtime:
         assert len(request.eos_token_ids) <= MAX_EOS, request.eos_token_ids
         if self.ranks is not None:
             self._meet(request)
+        self.failure = ""
         control = torch.zeros(CONTROL_WORDS, dtype=torch.int64)
         control[words.CONTROL_FIRST_EPOCH.value] = self.next_epoch
         control[words.CONTROL_NUM_KNOWN.value] = request.num_known
@@ -196,18 +198,20 @@ class Runtime:
     def _check_outcome(self) -> None:
         control = self.control[:CONTROL_WORDS].cpu()
         self.last_steps = range(0)
-        silent_ranks = []
-        if self.ranks is not None:
-            self.ranks.say(f"left launch {self.num_launches}")
+        outcome = f"launch {self.num_launches}"
+        if self.ranks is not None and not control[words.CONTROL_ABORT.value]:
+            self.ranks.say(outcome, self.failure)
         if control[words.CONTROL_ABORT.value]:
             counters = self.events.cpu()[: len(self.program.events.events) * EVENT_STRIDE : EVENT_STRIDE].tolist()
             if self.ranks is None:
                 self.set_epoch(1)
-            else:  # other ranks may still signal; all reset their counters before the next launch
-                self.out_of_step = True
-                silent_ranks = self.ranks.silent(f"left launch {self.num_launches}", LEAVE_S + self.wait_bound_s)
+                raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
+            self.out_of_step = True  # other ranks may still signal; all reset their counters before the next launch
+            self.ranks.say(outcome, stuck_text(self.program, control.tolist()))
+            silent, said = self.ranks.hear(outcome, LEAVE_S + self.wait_bound_s)
+            said.pop(self.ranks.rank, None)
             damaged = self.damaged_tasks()
-            raise timeout_error(self.program, control.tolist(), counters, damaged, self.absent, silent_ranks)
+            raise timeout_error(self.program, control.tolist(), counters, damaged, self.absent, silent, said)
         first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
         first_step = int(control[words.CONTROL_FIRST_STEP.value])
         self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
@@ -491,7 +495,7 @@ class InterpreterRuntime(Runtime):
         output = self.stderr.read().decode(errors="replace")[-2000:]
         if self.ranks is None:
             self.set_epoch(1)
-        self.out_of_step = True
+        self.out_of_step, self.failure = True, "lost a worker process"
         self.control.zero_()  # else the end of this launch takes its last epoch from there
         self.workers = []
         raise WorkerDiedError(f"{reason}\n{output}".rstrip())

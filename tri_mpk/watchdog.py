@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -22,10 +22,11 @@ def timeout_error(
     damaged: Collection[int] = (),
     absent: Collection[int] = (),
     silent_ranks: Sequence[int] = (),
+    said: Mapping[int, str] | None = None,
 ) -> MegakernelTimeout:
     """The error for a launch that was aborted, with the control block and all event counters as it left them.
 
-    `silent_ranks` did not leave the launch.
+    `silent_ranks` did not leave the launch; `said` is what other ranks have to say about it.
     """
     names = _Names(program)
     stuck = stuck_wait(program, control, names.worker_of)
@@ -43,6 +44,7 @@ def timeout_error(
     if silent_ranks:
         who = f"rank{'s' if len(silent_ranks) > 1 else ''} {', '.join(map(str, silent_ranks))}"
         root_cause = f"{who} stopped or ended before the launch was over; here {root_cause}"
+    root_cause += "".join(f"; rank {rank} {text}" for rank, text in (said or {}).items())
     several = {} if program.num_ranks == 1 else {"rank": program.rank, "silent_ranks": silent_ranks}
     return MegakernelTimeout(
         "the end of the step" if stuck.task is None else program.graph.task_name(stuck.task),
@@ -55,6 +57,13 @@ def timeout_error(
         **where,
         **several,
     )
+
+
+def stuck_text(program: Program, control: Sequence[int]) -> str:
+    """For other ranks: the wait that was given up here."""
+    stuck = stuck_wait(program, control, _Names(program).worker_of)
+    task = "the end of the step" if stuck.task is None else program.graph.task_name(stuck.task)
+    return f"gave up before {task}, where event {stuck.event} stood at {stuck.seen} of {stuck.wanted}"
 
 
 def stuck_wait(program: Program, control: Sequence[int], worker_of: dict[int, int]) -> StuckWait:
