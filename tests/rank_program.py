@@ -198,7 +198,8 @@ def checkpoint(folder: str) -> None:
 
     ours = tri_mpk.from_pretrained(folder, device="cpu", max_seq_len=64, num_workers=2, progress=False)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    held = sum(t.data.numel() for n, t in ours.kernel.tensors.items() if t.dtype.is_floating_point and len(t.dims) == 2)
+    tensors = [t for t in ours.kernel.tensors.values() if t.data is not None and t.dtype.is_floating_point]
+    held = sum(t.numel for t in tensors if len(t.dims) == 2)
     equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
     say({"equal": equal, "held": held, "whole": sum(p.numel() for p in theirs.parameters() if p.dim() == 2)})
 
@@ -215,6 +216,56 @@ def bench() -> None:
     assert ours.dtype is torch.float32
     found = check_contexts(ours, [37], print)
     say({"errors": found.get(37)})
+
+
+@torch.no_grad()
+def emulated(slots: int = 3, **changes: Any) -> None:
+    """What a GPU runs, with weight rings and inline PTX, but for waits and signals: as tests/ops/test_by_warps.py."""
+    from pathlib import Path
+    from unittest import mock
+
+    from tri_mpk.distributed import connect, world
+    from tri_mpk.model import PAGE_SIZE
+    from tri_mpk.models import describe
+    from tri_mpk.models.decoder import build
+    from tri_mpk.persistent_kernel import PersistentKernel
+    from tri_mpk.program import SharedMemoryPlan
+    from tri_mpk.runtime import InterpreterRuntime, LaunchRequest
+    from tri_mpk.sharding import Shard, shard_model
+
+    cpu = torch.device("cpu")
+    config = tiny_config(**changes)
+    exact = transformers_model(config)
+    theirs = copy.deepcopy(exact).half()
+    exact.load_state_dict({key: value.float() for key, value in theirs.state_dict().items()})
+    rank, world_size = world()
+    shard = Shard(config, rank, world_size)
+    tokens = torch.zeros(PAGE_SIZE, dtype=torch.int64)
+    text = torch.tensor([3, 14, 15, 9])
+    tokens[: len(text)] = text
+    kernel = PersistentKernel(
+        world_size, rank, 2, [torch.zeros(1, dtype=torch.int32), tokens], wait_bound_s=60.0,
+        ranks=connect(world_size, rank, cpu),
+    )  # fmt: skip
+    kernel.has_bulk_copies = True
+    local = shard_model(theirs, shard, torch.float16, cpu).requires_grad_(False)
+    build(kernel, describe(local.config, PAGE_SIZE), local, PAGE_SIZE, progress=False, first_row=shard.first_row)
+    program = kernel.plan()
+    assert program.constants.ring and program.constants.portable
+    script = Path(__file__).with_name("emulated_worker.py")
+    with mock.patch.object(InterpreterRuntime, "worker_script", script):
+        kernel.compile()
+    plan = SharedMemoryPlan.divide(program, 0, 216_064)
+    fewer = plan.num_bytes - (plan.ring_slots - slots) * plan.slot_bytes
+    kernel.runtime.shared_memory = SharedMemoryPlan.divide(program, 0, fewer)
+    last = len(text) + 1
+    chosen = list(kernel.launch(LaunchRequest(num_known=len(text), last_step=last, logits_from=len(text) - 1)))
+    expected = exact(torch.cat((text, torch.tensor(chosen[:-1])))[None]).logits[0, -1]
+    logits = kernel.ranks.gather(kernel.runtime.default_logits)
+    error = float((logits - expected).norm() / expected.norm())
+    say({"error": error, "chosen": chosen, "best": int(logits.argmax()), "residual": digest(
+        *(kernel.tensors[name].data for name in ("x", "x_attention", "parts_x", "parts_attention"))
+    )})  # fmt: skip
 
 
 @torch.no_grad()
@@ -257,4 +308,5 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3) -
 if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
+        emulated,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

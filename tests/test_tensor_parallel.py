@@ -75,6 +75,20 @@ def test_random_shards_are_parts_of_one_model():
     assert errors["rel_l2"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"family": "llama", "hidden_size": 64, "intermediate_size": 208, "num_hidden_layers": 2, "vocab_size": 200},
+        {"family": "qwen3", "hidden_size": 264, "intermediate_size": 1056, "head_dim": 64, "vocab_size": 73, "slots": 6},
+    ],
+)
+def test_weight_rings_add_up_parts(parameters):
+    """The form of GPUs, its PTX emulated."""
+    results = run_ranks(2, "emulated", timeout=600, num_attention_heads=4, num_key_value_heads=2, **parameters)
+    assert results[0] == results[1]
+    assert 0 < results[0]["error"] < 5e-3 and results[0]["chosen"][-1] == results[0]["best"]
+
+
 # ---- faults ----
 
 
@@ -118,7 +132,7 @@ def test_a_dead_worker_ends_all_ranks_and_leaves_them_usable():
         ("length", "ValueError", "max_seq_len differs between ranks, 64 on rank 0 and 65 on rank 1"),
         ("config", "ValueError", "config differs between ranks"),
         ("world", "ValueError", "tensor_parallel=3, but there are 2 ranks"),
-        ('{"num_attention_heads": 3, "num_key_value_heads": 3}', "UnsupportedModelError", "num_attention_heads=3"),
+        ('{"hidden_size": 96, "num_attention_heads": 3}', "UnsupportedModelError", "num_attention_heads=3"),
         ('{"intermediate_size": 99}', "UnsupportedModelError", "intermediate_size=99"),
     ],
 )
