@@ -17,7 +17,7 @@ import tri_mpk
 from decoders import prompt, tiny_config, transformers_model
 from tri_mpk import CausalLM
 
-FEW_POLLS_S = 0.5  # in the interpreter: 2500 polls
+FEW_POLLS_S = 2.0  # in the interpreter: 2000 polls
 
 
 def say(value: Any) -> None:

@@ -41,7 +41,6 @@ CONTROL_WORDS = words.CONTROL_RECORDS.value
 ARENA_BYTES = 2 << 20  # one page of a GPU's memory
 MAX_EOS = 32
 HEAP_ALIGN = 256  # bytes
-LEAVE_S = 2.0  # so long, and the wait bound, ranks have to leave a launch that another one has given up
 RECORDED_STEPS = 32  # a profiled kernel keeps the time stamps of so many steps, the last ones of a launch
 MAILBOX_STOP = argmax.MAILBOX_STOP.value
 MAILBOX_NUM_TOKENS = argmax.MAILBOX_NUM_TOKENS.value
@@ -61,6 +60,8 @@ class LaunchRequest:
 
 class Runtime:
     """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
+
+    LEAVE_BOUND_S = 2.0  # so long, and the wait bound, ranks have to leave a launch that another one has given up
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class Runtime:
                 raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
             self.out_of_step = True  # other ranks may still signal; all reset their counters before the next launch
             self.ranks.say(outcome, stuck_text(self.program, control.tolist()))
-            silent, said = self.ranks.hear(outcome, LEAVE_S + self.wait_bound_s)
+            silent, said = self.ranks.hear(outcome, self.LEAVE_BOUND_S + self.wait_bound_s)
             said.pop(self.ranks.rank, None)
             damaged = self.damaged_tasks()
             raise timeout_error(self.program, control.tolist(), counters, damaged, self.absent, silent, said)
@@ -343,8 +344,9 @@ class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
+    RANK_POLLS_PER_SECOND = 1_000  # on several ranks, whose workers yield between polls
     worker_script = Path(__file__).with_name("_interpreter_worker.py")
-    LEAVE_BOUND_S = 10.0  # this and the wait bound without a signal after an abort: who is still here never leaves
+    LEAVE_BOUND_S = 10.0  # likewise workers: this and the wait bound without a signal, and they never leave
 
     def __init__(
         self,
@@ -392,7 +394,8 @@ class InterpreterRuntime(Runtime):
         return self.memory.empty((num_words,), torch.int64)
 
     def wait_bound(self) -> int:
-        return int(self.wait_bound_s * self.POLLS_PER_SECOND)
+        per_second = self.POLLS_PER_SECOND if self.ranks is None else self.RANK_POLLS_PER_SECOND
+        return int(self.wait_bound_s * per_second)
 
     def _start_workers(self) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
