@@ -12,6 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench, save_report
 from tri_mpk.distributed import world
 from tri_mpk.geometries import GEOMETRIES
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile, which takes most of the time")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
+    parser.add_argument("--reduce-dtype", default="float32", help="of what ranks send each other: float32 or bfloat16")
     parser.add_argument("--commit", help="to record where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -62,7 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
                 "num_tokens": options.num_tokens, "launches": options.launches, "check": not options.no_check
             }  # fmt: skip
             if world_size > 1:
-                report = run_rank_bench(name, options.context, account_too=options.account, **common)
+                report = run_rank_bench(
+                    name, options.context, account_too=options.account,
+                    reduce_dtype=getattr(torch, options.reduce_dtype), **common,
+                )  # fmt: skip
             else:
                 report = run_bench(
                     name, options.context, baseline=not options.no_baseline, account=options.account, **common

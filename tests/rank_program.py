@@ -269,14 +269,18 @@ def emulated(slots: int = 3, **changes: Any) -> None:
 
 
 @torch.no_grad()
-def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3) -> None:
+def accuracy(
+    name: str, length: int = 50, num_new: int = 64, repeats: int = 3, reduce_dtype: str = "float32"
+) -> None:
     """On GPUs, in bf16: our distance to transformers in fp32 beside that of transformers in bf16."""
     from tri_mpk.benchmark import kl_divergence, relative_l2
     from tri_mpk.geometries import geometry
     from tri_mpk.loading import random_model
 
     config = tiny_config(**json.loads(name)) if name.startswith("{") else geometry(name)
-    ours = tri_mpk.from_config(config, dtype=torch.bfloat16, max_seq_len=1024, progress=False)
+    ours = tri_mpk.from_config(
+        config, dtype=torch.bfloat16, max_seq_len=1024, progress=False, reduce_dtype=getattr(torch, reduce_dtype)
+    )
     ours.generation_config.eos_token_id = None
     input_ids = prompt(length, config.vocab_size)
     result: dict[str, Any] = {"tokens": [], "residual": [], "logits": []}

@@ -49,6 +49,7 @@ class CausalLM:
         tuning: Tuning | None = None,
         policy: str = "static",
         shard: Shard | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ):
         self.config: PreTrainedConfig = model.config if shard is None else shard.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -80,7 +81,8 @@ class CausalLM:
             tuning=tuning,
             policy=policy,
         )
-        build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row=0 if shard is None else shard.first_row)
+        first_row = 0 if shard is None else shard.first_row
+        build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row, reduce_dtype)
         self._lock = threading.Lock()  # one launch at a time
 
     def compile(self) -> None:

@@ -47,6 +47,7 @@ def run_rank_bench(
     launches: int = 20,
     check: bool = True,
     account_too: bool = False,
+    reduce_dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> dict[str, Any]:
     """As `run_bench`, on the ranks of torchrun; the same report on all of them.
@@ -69,7 +70,7 @@ def run_rank_bench(
 
     copy_gbps = copy_bandwidth_gbps(device)
     say(f"a copy moves {copy_gbps:.0f} GB/s; making random weights")
-    model = from_config(config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show)
+    model = from_config(config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show, reduce_dtype=reduce_dtype)
     seconds = compile_seconds(model)
     say(f"compiled in {seconds:.1f} s")
     fill_cache(model)
@@ -86,7 +87,7 @@ def run_rank_bench(
         rows[-1] |= {"no_communication_ms_p50": alone, "exposed_communication": exposed}
         say(f"context {context}, {times['ms_p50']:.3f} ms per token, {alone:.3f} without communication")
     report = subject.report(rows)
-    report["settings"]["tensor_parallel"] = world_size
+    report["settings"] |= {"tensor_parallel": world_size, "reduce_dtype": str(reduce_dtype).removeprefix("torch.")}
     if account_too:
         report["account"] = [
             {"context": context, "change": entry.name, "ms_p50": entry.ms}

@@ -184,6 +184,7 @@ class Runtime:
         """All ranks are about to make the same launch, with counters that fit together."""
         step = int(self.program.tensors["step"].data)
         tokens = self.program.tensors["tokens"].data.view(-1)[: request.num_known].tolist()
+        self.settle()
         facts = {
             "the range of steps": (step, request.num_known, request.last_step),
             "eos_token_ids": request.eos_token_ids,
@@ -193,6 +194,7 @@ class Runtime:
         self.ranks.agree("a launch", facts)
         if len(set(self.ranks.meet("a launch", None if self.out_of_step else self.next_epoch)) | {None}) != 2:
             self.set_epoch(1)
+            self.settle()
             self.ranks.meet("a fresh start")  # nobody signals before all have reset their counters
         self.out_of_step = False
 
@@ -224,6 +226,7 @@ class Runtime:
     # what the two kinds of device do differently
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def make_heap(self, num_bytes: int) -> torch.Tensor: ...
+    def settle(self) -> None: ...  # until what was written to the device is there
     def free(self, tensor: torch.Tensor) -> None: ...
     def host_empty(self, num_words: int) -> torch.Tensor: ...
     def wait_bound(self) -> int: ...
@@ -275,6 +278,9 @@ class CudaRuntime(Runtime):
     def make_heap(self, num_bytes: int) -> torch.Tensor:
         heap, self.heap_addresses = symmetric_heap(num_bytes, self.device, self.ranks)
         return heap
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def host_empty(self, num_words: int) -> torch.Tensor:
         return torch.zeros(num_words, dtype=torch.int64, pin_memory=True)

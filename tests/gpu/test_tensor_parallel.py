@@ -37,9 +37,11 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*SMALL, "Qwen3-0.6B", "Llama-3.2-1B"])
-def test_as_close_to_fp32_as_bf16_and_the_same_on_all_ranks(name):
-    results = run_ranks(2, "accuracy", timeout=280, name=json.dumps(SMALL[name]) if name in SMALL else name)
+def test_as_close_to_fp32_as_bf16_and_the_same_on_all_ranks(name, reduce_dtype):
+    config = json.dumps(SMALL[name]) if name in SMALL else name
+    results = run_ranks(2, "accuracy", timeout=280, name=config, reduce_dtype=reduce_dtype)
     for kind in ("tokens", "residual", "logits"):
         values = [value for result in results for value in result[kind]]
         assert all(value == values[0] for value in values), f"{kind} differ between ranks or runs"

@@ -108,11 +108,12 @@ def build(
     page_size: int,
     progress: bool,
     first_row: int = 0,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Adds the whole decode step of `model` (a transformers causal LM) to the graph.
 
     On several ranks `model` is this rank's part, with the vocabulary from `first_row` on. Vectors of the hidden size
-    then are a residual, the same on all ranks, and the parts that ranks have added to it since.
+    then are a residual, the same on all ranks, and the parts that ranks have added to it since, in `reduce_dtype`.
     """
     dtype = model.model.embed_tokens.weight.dtype
     device = mpk.device
@@ -132,7 +133,7 @@ def build(
     def new_parts(name: str) -> TensorHandle | None:
         """What each rank adds to the residual."""
         if several:
-            return mpk.new_tensor((mpk.world_size, shape.hidden_size), torch.float32, name, symmetric=True)
+            return mpk.new_tensor((mpk.world_size, shape.hidden_size), reduce_dtype, name, symmetric=True)
         return None
 
     embedding = mpk.attach_input(model.model.embed_tokens.weight, name="embed_tokens")
