@@ -149,6 +149,8 @@ class PersistentKernel:
         `symmetric`: it exists on every rank, at an address that all ranks know; dims [world_size, N]. Layers whose
         output it is write row `rank` of it on all ranks.
         """
+        if symmetric and self.world_size == 1:
+            raise ValueError(f"{name}: there is no other rank; pass symmetric=False")
         if symmetric and (len(dims) != 2 or dims[0] != self.world_size):
             raise ValueError(f"{name}: a symmetric tensor has dims (world_size={self.world_size}, N), got {dims}")
         return self._add(TensorHandle(name, tuple(dims), dtype, symmetric=symmetric))
