@@ -46,8 +46,7 @@ def cut_add_parts(machine: Machine, *, input: TensorHandle, output: TensorHandle
                 reads=(input.box((0, num_ranks), (lo, hi)),),
                 writes=(output.span(lo, hi),),
                 cost_bytes=num_ranks * (hi - lo) * input.dtype.itemsize,
-                fields={name: Address(tensor.name) for name, tensor in tensors.items()}
-                | {"first": lo, "num": hi - lo},
+                fields={name: Address(tensor.name) for name, tensor in tensors.items()} | {"first": lo, "num": hi - lo},
             )
         )
     return cut

@@ -54,7 +54,8 @@ def rank_attention_output_tile(
                 y += tl.sum(w * merged[None, :], axis=1)
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
-        push(task, y_ptr + row_of_rank + row0 + row, y.to(y_ptr.dtype.element_ty), row < num_rows, SIZE, RANKS, PORTABLE)
+        y = y.to(y_ptr.dtype.element_ty)
+        push(task, y_ptr + row_of_rank + row0 + row, y, row < num_rows, SIZE, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
     return ring
 

@@ -52,9 +52,7 @@ def verify_ranks(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks
     return verify(*join(graph, events, schedule, num_ranks), max_signals=MAX_SIGNALS * num_ranks)
 
 
-def join(
-    graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int
-) -> tuple[TaskGraph, Events, Schedule]:
+def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> tuple[TaskGraph, Events, Schedule]:
     """The graph of all ranks: task t of rank r is number t * num_ranks + r, event e > 0 is (e - 1) * num_ranks + r + 1.
 
     In program order all counterparts of a task come before the next one's. What no task writes is left out.

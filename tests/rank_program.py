@@ -219,7 +219,7 @@ def bench() -> None:
 
 
 @torch.no_grad()
-def emulated(slots: int = 3, **changes: Any) -> None:
+def emulated(slots: int = 3, half: bool = False, **changes: Any) -> None:
     """What a GPU runs, with weight rings and inline PTX, but for waits and signals: as tests/ops/test_by_warps.py."""
     from pathlib import Path
     from unittest import mock
@@ -249,7 +249,10 @@ def emulated(slots: int = 3, **changes: Any) -> None:
     )  # fmt: skip
     kernel.has_bulk_copies = True
     local = shard_model(theirs, shard, torch.float16, cpu).requires_grad_(False)
-    build(kernel, describe(local.config, PAGE_SIZE), local, PAGE_SIZE, progress=False, first_row=shard.first_row)
+    build(
+        kernel, describe(local.config, PAGE_SIZE), local, PAGE_SIZE, progress=False, first_row=shard.first_row,
+        reduce_dtype=torch.float16 if half else torch.float32,
+    )  # fmt: skip
     program = kernel.plan()
     assert program.constants.ring and program.constants.portable
     script = Path(__file__).with_name("emulated_worker.py")
@@ -269,9 +272,7 @@ def emulated(slots: int = 3, **changes: Any) -> None:
 
 
 @torch.no_grad()
-def accuracy(
-    name: str, length: int = 50, num_new: int = 64, repeats: int = 3, reduce_dtype: str = "float32"
-) -> None:
+def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, reduce_dtype: str = "float32") -> None:
     """On GPUs, in bf16: our distance to transformers in fp32 beside that of transformers in bf16."""
     from tri_mpk.benchmark import kl_divergence, relative_l2
     from tri_mpk.geometries import geometry

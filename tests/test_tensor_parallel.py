@@ -79,12 +79,13 @@ def test_random_shards_are_parts_of_one_model():
     "parameters",
     [
         {"family": "llama", "hidden_size": 64, "intermediate_size": 208, "num_hidden_layers": 2, "vocab_size": 200},
-        {"family": "qwen3", "hidden_size": 264, "intermediate_size": 1056, "head_dim": 64, "vocab_size": 73, "slots": 6},
+        {"hidden_size": 264, "intermediate_size": 1056, "head_dim": 64, "vocab_size": 73, "slots": 6, "half": True},
     ],
 )
 def test_weight_rings_add_up_parts(parameters):
-    """The form of GPUs, its PTX emulated."""
-    results = run_ranks(2, "emulated", timeout=600, num_attention_heads=4, num_key_value_heads=2, **parameters)
+    """The form of GPUs, its PTX emulated, with parts of 32 and of 16 bits."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    results = run_ranks(2, "emulated", timeout=600, **heads, **({"family": "qwen3"} | parameters))
     assert results[0] == results[1]
     assert 0 < results[0]["error"] < 5e-3 and results[0]["chosen"][-1] == results[0]["best"]
 

@@ -146,9 +146,7 @@ def logits_at(model: CausalLM, position: int, token: int) -> Tensor:
     return logits if model.ranks is None else model.ranks.gather(logits)
 
 
-def dense_cache(
-    model: CausalLM, length: int, caches: dict[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def dense_cache(model: CausalLM, length: int, caches: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Copies of the first `length` keys and values: [L, 1, num_kv_heads, length, head_dim] each.
 
     `caches`: by name, in place of the model's own.

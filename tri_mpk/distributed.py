@@ -212,8 +212,8 @@ def symmetric_heap(num_bytes: int, device: torch.device, ranks: Ranks) -> tuple[
             addresses = list(handle.buffer_ptrs)
     except RuntimeError as error:
         raise DeviceError(
-            f"rank {ranks.rank} cannot share memory between GPUs ({error}); tensor parallelism needs peer access between"
-            " all GPUs of one host"
+            f"rank {ranks.rank} cannot share memory between GPUs ({error}); tensor parallelism needs peer access"
+            " between all GPUs of one host"
         ) from error
     heap.handle = handle  # lives as long as the memory does
     ranks.meet("the exchange of heaps")

@@ -50,8 +50,9 @@ class MegakernelTimeout(TriMpkError, TimeoutError):
         self.task, self.worker, self.event, self.seen, self.wanted = task, worker, event, seen, wanted
         self.op, self.layer, self.tile, self.chain, self.root_cause = op, layer, tile, chain, root_cause
         shown = chain if len(chain) <= 6 else (*chain[:3], f"{len(chain) - 5} more", *chain[-2:])
+        who = f"worker {worker}" if rank is None else f"rank {rank}, worker {worker}"
         super().__init__(
-            f"{'' if rank is None else f'rank {rank}, '}worker {worker} waited too long before {task}{f' ({op})' if op else ''}: event {event} stood at {seen},"
+            f"{who} waited too long before {task}{f' ({op})' if op else ''}: event {event} stood at {seen},"
             f" wanted {wanted}. Root cause: {root_cause}."
             f"{' Unfinished: ' + ' <- '.join(shown) + '.' if len(chain) > 1 else ''}"
             " All workers have left the kernel and the next launch starts afresh; if this machine is just slow, raise"

@@ -227,9 +227,7 @@ def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype, device
     return model.eval()
 
 
-def random_weights(
-    model: nn.Module, seed: int, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
+def random_weights(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter of a model, in order, one after another."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()]

@@ -495,7 +495,7 @@ class PersistentKernel:
         """
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
         if (asked is None) != (self.world_size == 1):
-            raise ValueError("argmax_layer: on several ranks, and only there, it needs asked=, which all of them agree on")
+            raise ValueError("argmax_layer: it needs asked=, what hosts ask for, on several ranks and only there")
         if asked is None:
             self._call(ARGMAX, label, grid_dim, policy, tensors)
         else:
@@ -644,7 +644,7 @@ def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int
 def _check_symmetric(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
     _check_dims(layer, tensor, argument, dims)
     if not tensor.symmetric:
-        raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric; make it with new_tensor(symmetric=True)")
+        raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric: new_tensor(..., symmetric=True)")
 
 
 def _check_parts(

@@ -70,7 +70,9 @@ def run_rank_bench(
 
     copy_gbps = copy_bandwidth_gbps(device)
     say(f"a copy moves {copy_gbps:.0f} GB/s; making random weights")
-    model = from_config(config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show, reduce_dtype=reduce_dtype)
+    model = from_config(
+        config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show, reduce_dtype=reduce_dtype
+    )
     seconds = compile_seconds(model)
     say(f"compiled in {seconds:.1f} s")
     fill_cache(model)

@@ -46,8 +46,8 @@ class Shard:
                 )
         if kv_heads % world_size and world_size % kv_heads:
             raise UnsupportedModelError(
-                f"num_key_value_heads={kv_heads} can be neither shared out nor repeated among {world_size} ranks; choose"
-                " a divisor or a multiple of it"
+                f"num_key_value_heads={kv_heads} can be neither shared out nor repeated among {world_size} ranks;"
+                " choose a divisor or a multiple of it"
             )
 
     @property
