@@ -219,6 +219,30 @@ def bench() -> None:
 
 
 @torch.no_grad()
+def baseline() -> None:
+    """The baseline of several ranks, eagerly and with gloo, chooses transformers' tokens."""
+    from tri_mpk.distributed import connect, world
+    from tri_mpk.rank_baseline import RankDecoder, nccl_reduce
+    from tri_mpk.sharding import Shard, shard_model
+
+    rank, world_size = world()
+    ranks = connect(world_size, rank, torch.device("cpu"))
+    theirs = transformers_model(tiny_config("qwen3", num_attention_heads=4, num_key_value_heads=2, vocab_size=97))
+    shard = Shard(theirs.config, rank, world_size)
+    cpu = torch.device("cpu")
+    decoder = RankDecoder(shard_model(theirs, shard, torch.float32, cpu), shard, nccl_reduce)
+    decoder.allocate_cache(16)
+    tokens = prompt(3, 97)[0].tolist()
+    for position in range(6):
+        token = torch.tensor(tokens[position : position + 1])
+        chosen = int(decoder.next_token(token, torch.tensor([position])))
+        if position + 1 == len(tokens):
+            tokens.append(chosen)
+    ranks.meet("the end")
+    say({"tokens": tokens, "expected": theirs.generate(prompt(3, 97), max_new_tokens=4)[0].tolist()})
+
+
+@torch.no_grad()
 def emulated(slots: int = 3, half: bool = False, **changes: Any) -> None:
     """What a GPU runs, with weight rings and inline PTX, but for waits and signals: as tests/ops/test_by_warps.py."""
     from pathlib import Path
@@ -313,5 +337,5 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, r
 if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
-        emulated,
+        emulated, baseline,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

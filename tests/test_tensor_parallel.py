@@ -70,6 +70,11 @@ def test_a_checkpoint_is_read_in_parts(tmp_path):
         assert result["equal"] and result["held"] < 0.55 * result["whole"]
 
 
+def test_the_baseline_chooses_the_same_tokens():
+    for result in run_ranks(2, "baseline"):
+        assert result["tokens"] == result["expected"]
+
+
 def test_random_shards_are_parts_of_one_model():
     errors = run_ranks(2, "bench")[0]["errors"]
     assert errors["rel_l2"] < 1e-5
