@@ -119,6 +119,8 @@ def resolve_world(tensor_parallel: int | str) -> tuple[int, int]:
     rank, world_size = world()
     if tensor_parallel == "auto":
         return rank, world_size
+    if isinstance(tensor_parallel, str) and tensor_parallel.isdecimal():
+        tensor_parallel = int(tensor_parallel)
     if type(tensor_parallel) is not int or tensor_parallel < 1:
         raise ValueError(f"tensor_parallel={tensor_parallel!r} must be 'auto' or a number of ranks")
     if tensor_parallel == 1:

@@ -36,7 +36,7 @@ def from_pretrained(
     progress: bool = True,
     profile: bool = False,
     tensor_parallel: int | str = "auto",
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype | str = torch.float32,
     **hub: object,
 ) -> CausalLM:
     """A checkpoint, by its folder or its name on the Hugging Face hub.
@@ -125,7 +125,7 @@ def from_model(
     progress: bool = True,
     profile: bool = False,
     tensor_parallel: int | str = "auto",
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype | str = torch.float32,
 ) -> CausalLM:
     """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be):
     the model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
@@ -161,7 +161,7 @@ def _from_local(
     policy: str,
     progress: bool,
     profile: bool,
-    reduce_dtype: torch.dtype,
+    reduce_dtype: torch.dtype | str,
 ) -> CausalLM:
     """A model whose weights are all that this rank needs: the whole model, or a shard."""
     model = model.to(device).requires_grad_(False).eval()
@@ -171,6 +171,8 @@ def _from_local(
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
             )
+    if isinstance(reduce_dtype, str):
+        reduce_dtype = getattr(torch, reduce_dtype, reduce_dtype)
     if reduce_dtype not in DTYPES:
         raise ValueError(f"reduce_dtype={reduce_dtype} is not supported; choose one of {', '.join(map(str, DTYPES))}")
     return CausalLM(
@@ -192,7 +194,7 @@ def from_config(
     progress: bool = True,
     profile: bool = False,
     tensor_parallel: int | str = "auto",
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype | str = torch.float32,
 ) -> CausalLM:
     """Random weights, made on the device: for benchmarks and tests. Ranks have parts of the same model."""
     rank, world_size = resolve_world(tensor_parallel)
