@@ -63,7 +63,7 @@ def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -
         if not graph.tasks[task].to_all_ranks:
             raise MalformedScheduleError(
                 f"{graph.task_name(task)} ends the step of its own rank only; a task that no other waits for must"
-                " signal to all ranks"
+                " signal to all ranks. Let a layer whose output is symmetric read what it writes"
             )
     ranks = range(num_ranks)
     pushed = {region.tensor for task in graph.tasks for region in task.pushes}

@@ -218,6 +218,45 @@ def bench() -> None:
     say({"errors": found.get(37)})
 
 
+def graph() -> None:
+    """all_reduce, all_gather and argmax through the graph API, without a model."""
+    from tri_mpk.distributed import world
+    from tri_mpk.persistent_kernel import PersistentKernel
+
+    rank, world_size = world()
+    torch.manual_seed(rank)
+    step, tokens = torch.zeros(1, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+    torch.distributed.init_process_group("gloo")
+    mpk = PersistentKernel(world_size, rank, 2, [step, tokens], wait_bound_s=60.0)
+    x = torch.randn(37)
+    value, index = torch.randn(3), torch.arange(3, dtype=torch.int32) + 3 * rank
+    total = mpk.new_tensor((37,), torch.float32, name="total")
+    mpk.all_reduce_layer(input=mpk.attach_input(x, name="x"), output=total)
+    copies = mpk.new_tensor((world_size, 37), torch.float32, name="copies", symmetric=True)
+    mpk.all_gather_layer(input=total, output=copies)
+    best = []
+    for name, tensor in (("value", value), ("index", index)):
+        best.append(mpk.new_tensor((world_size, 3), tensor.dtype, name=f"best_{name}", symmetric=True))
+        mpk.all_gather_layer(input=mpk.attach_input(tensor, name=name), output=best[-1])
+    asked = mpk.new_tensor((world_size, 1), torch.int32, name="asked", symmetric=True)
+    mpk.stop_request_layer(output=asked)
+    mpk.argmax_layer(input=tuple(best), asked=asked)
+    length = mpk(num_tokens=1, max_new_tokens=2)
+    everybody = [torch.empty_like(x) for _ in range(world_size)]
+    torch.distributed.all_gather(everybody, x)
+    values = [torch.empty_like(value) for _ in range(world_size)]
+    torch.distributed.all_gather(values, value)
+    expected = torch.zeros(37)
+    for part in everybody:
+        expected += part
+    say({
+        "equal": torch.equal(total.data, expected) and torch.equal(copies.data, expected.expand(world_size, 37)),
+        "tokens": tokens[:length].tolist(),
+        "best": int(torch.cat(values).argmax()), "step": int(step),
+    })  # fmt: skip
+    torch.distributed.destroy_process_group()
+
+
 @torch.no_grad()
 def baseline() -> None:
     """The baseline of several ranks, eagerly and with gloo, chooses transformers' tokens."""
@@ -337,5 +376,5 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, r
 if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
-        emulated, baseline,
+        emulated, baseline, graph,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

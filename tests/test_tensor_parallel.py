@@ -70,6 +70,11 @@ def test_a_checkpoint_is_read_in_parts(tmp_path):
         assert result["equal"] and result["held"] < 0.55 * result["whole"]
 
 
+def test_the_graph_api_reduces_and_gathers():
+    for result in run_ranks(2, "graph"):
+        assert result["equal"] and result["tokens"] == [0, result["best"], result["best"]] and result["step"] == 2
+
+
 def test_the_baseline_chooses_the_same_tokens():
     for result in run_ranks(2, "baseline"):
         assert result["tokens"] == result["expected"]
