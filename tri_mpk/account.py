@@ -100,6 +100,7 @@ EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
 RANK_EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
     "no communication": (Queues.without_communication,),
     "no communication, no weights copied": (Queues.without_communication, Queues.without_copies),
+    "no communication, no matrices": (Queues.without_communication, Queues.without_matrices),
 }
 
 
