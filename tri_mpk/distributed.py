@@ -35,6 +35,7 @@ class Ranks:
         self.store = dist.PrefixStore(f"tri_mpk/{next(_meetings)}", store)
         self.group = group
         self.num_meetings = 0
+        self.said: list[str] = []  # keys that are still there
 
     def meet(self, what: str, value: Any = None, bound_s: float | None = None) -> list[Any]:
         """Every rank's value. Raises RankError, which names those who do not come in time."""
@@ -56,14 +57,15 @@ class Ranks:
 
     def _missing(self, keys: Sequence[str], bound_s: float) -> list[int]:
         """The ranks whose keys are not in the store within the bound."""
-        deadline, pause = time.monotonic() + bound_s, 50e-6
+        started = time.monotonic()
         missing = list(range(len(keys)))
         while missing and not self.store.check([keys[rank] for rank in missing]):
             missing = [rank for rank in missing if not self.store.check([keys[rank]])]
-            if missing and time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if missing and waited > bound_s:
                 return missing
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
+            if waited > 0.05:  # ranks that come at about the same time go on at about the same time
+                time.sleep(min(waited / 100, 0.01))
         return []
 
     def agree(self, what: str, facts: dict[str, Any], error: type[Exception] = ValueError) -> None:
@@ -80,7 +82,10 @@ class Ranks:
     def say(self, what: str, text: str = "") -> None:
         """Leaves a word that `hear` looks for. Nobody needs to be there."""
         with suppress(dist.DistError, RuntimeError):  # the store may be gone
-            self.store.set(f"{what}/{self.rank}", text or " ")
+            self.said.append(f"{what}/{self.rank}")
+            self.store.set(self.said[-1], text or " ")
+            if len(self.said) > 2:
+                self.store.delete_key(self.said.pop(0))
 
     def hear(self, what: str, bound_s: float) -> tuple[list[int], dict[int, str]]:
         """The ranks that have said nothing about it within the bound, and what the others have said, if anything."""

@@ -121,8 +121,8 @@ def check_contexts(model: CausalLM, contexts: Sequence[int], say) -> dict[int, d
                 for context in contexts:
                     exact, rounded = references(model, whole, context - 1, 1, caches)
                     found[context] = compare_logits(ours[context], exact, rounded, context - 1)
-            except AssertionError as error:
-                problem = str(error)
+            except Exception as error:  # the other ranks wait for the outcome
+                problem = f"{type(error).__name__}: {error}"
             del whole, caches
             free_memory()
     if problems := [text for text in model.ranks.meet("the check of logits", problem) if text]:
