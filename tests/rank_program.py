@@ -141,6 +141,21 @@ def lost_signal(on: int, bound_s: float = FEW_POLLS_S, **parameters: Any) -> Non
     say({"error": error, "equal": torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected)})
 
 
+def out_of_step(on: int) -> None:
+    """Counters of one rank stand where others do not expect them, as after a launch that only it has given up."""
+    ours, theirs = pair()
+    expected = theirs.generate(prompt(2), max_new_tokens=3)
+    equal = [torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected)]
+    if ours.kernel.rank == on:
+        ours.kernel.runtime.out_of_step = True
+        ours.kernel.runtime.events.fill_(12345)
+    equal.append(torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected))
+    if ours.kernel.rank == on:
+        ours.kernel.runtime.set_epoch(77)
+    equal.append(torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected))
+    say({"equal": equal})
+
+
 def dead_worker(on: int) -> None:
     """A worker of one rank is killed in a launch; its host says so, the other ranks time out, and all go on."""
     ours, theirs = pair(wait_bound_s=20.0)
@@ -377,4 +392,5 @@ if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
+        out_of_step,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

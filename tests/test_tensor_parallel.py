@@ -130,6 +130,11 @@ def test_a_lost_signal_ends_all_ranks_and_leaves_them_usable():
         assert result["error"]["rank"] == rank and result["error"]["silent"] == [] and result["equal"]
 
 
+def test_ranks_that_are_out_of_step_start_afresh():
+    for result in run_ranks(2, "out_of_step", on=1):
+        assert result["equal"] == [True] * 3
+
+
 def test_a_dead_worker_ends_all_ranks_and_leaves_them_usable():
     results = run_ranks(2, "dead_worker", on=1)
     assert [result["error"] for result in results] == ["MegakernelTimeout", "WorkerDiedError"]

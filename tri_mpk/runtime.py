@@ -192,7 +192,8 @@ class Runtime:
             "the prompt": zlib.crc32(repr(tokens).encode()),
         }
         self.ranks.agree("a launch", facts)
-        if len(set(self.ranks.meet("a launch", None if self.out_of_step else self.next_epoch)) | {None}) != 2:
+        epochs = self.ranks.meet("a launch", None if self.out_of_step else self.next_epoch)
+        if None in epochs or len(set(epochs)) > 1:
             self.set_epoch(1)
             self.settle()
             self.ranks.meet("a fresh start")  # nobody signals before all have reset their counters
