@@ -141,6 +141,19 @@ def lost_signal(on: int, bound_s: float = FEW_POLLS_S, **parameters: Any) -> Non
     say({"error": error, "equal": torch.equal(ours.generate(prompt(2), max_new_tokens=3), expected)})
 
 
+def profile() -> None:
+    """Time stamps of a kernel on several ranks."""
+    from profiles import assert_sound
+
+    theirs = transformers_model(tiny_config(num_attention_heads=4, num_key_value_heads=2))
+    ours = tri_mpk.from_model(theirs, device="cpu", max_seq_len=64, num_workers=2, progress=False, profile=True)
+    tokens = ours.generate(prompt(2), max_new_tokens=3)
+    found = ours.profile()
+    assert_sound(found)
+    equal = torch.equal(tokens, theirs.generate(prompt(2), max_new_tokens=3))
+    say({"equal": equal, "steps": found.summary()["steps"]})
+
+
 def out_of_step(on: int) -> None:
     """Counters of one rank stand where others do not expect them, as after a launch that only it has given up."""
     ours, theirs = pair()
@@ -392,5 +405,5 @@ if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
-        out_of_step,
+        out_of_step, profile,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

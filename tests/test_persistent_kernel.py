@@ -37,7 +37,6 @@ def attach(mpk: PersistentKernel, *dims: int, dtype: torch.dtype = torch.float32
     [
         (NotImplementedError, "world_size=16", {"world_size": 16}),
         (NotImplementedError, "policy='hybrid'", {"world_size": 2, "policy": "hybrid"}),
-        (NotImplementedError, "profile=True", {"world_size": 2, "profile": True}),
         (ValueError, "rank=1", {"rank": 1}),
         (ValueError, "rank=-1", {"world_size": 2, "rank": -1}),
         (ValueError, "got 0 tensors", {"meta_tensors": []}),

@@ -70,6 +70,10 @@ def test_a_checkpoint_is_read_in_parts(tmp_path):
         assert result["equal"] and result["held"] < 0.55 * result["whole"]
 
 
+def test_a_profile_of_a_rank_is_sound():
+    assert run_ranks(2, "profile") == [{"equal": True, "steps": 4}] * 2
+
+
 def test_the_graph_api_reduces_and_gathers():
     for result in run_ranks(2, "graph"):
         assert result["equal"] and result["tokens"] == [0, result["best"], result["best"]] and result["step"] == 2

@@ -183,13 +183,13 @@ def check_machines(ranks: Ranks, device: torch.device) -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    places = [None] * ranks.world_size
+    mine = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"GPU": properties.name, "SMs": properties.multi_processor_count, "memory": properties.total_memory}
+        facts |= {"GPU": properties.name, "SMs": properties.multi_processor_count}
         mine = (str(getattr(properties, "uuid", device.index)), os.environ.get("CUDA_VISIBLE_DEVICES"), device.index)
-        places = ranks.meet("the choice of GPUs", mine)
     ranks.agree("the machines of the ranks", facts, DeviceError)
+    places = ranks.meet("the choice of GPUs", mine)
     if device.type != "cuda":
         return
     problem = None

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import device, peers, ready, timing
+from tri_mpk.scheduler import device, peers, rank_timing, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -41,8 +41,12 @@ USED = (
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
+TIMED_RANKS = {
+    "wait_for_ranks": rank_timing.timed_wait_for_ranks,
+    "signal_ranks": rank_timing.timed_signal_ranks,
+}
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
-SCHEDULER_MODULES = (device, timing, ready, peers)
+SCHEDULER_MODULES = (device, timing, ready, peers, rank_timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +98,12 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
     if constants.pools:
         roots.append(ready.take_ticket)
+    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
     ranks = []
     if constants.ranks > 1:
+        replaced = replaced | TIMED_RANKS if constants.profile else replaced
         roots.append(peers.wait_counter_of_ranks)
         ranks.append(f"RANKS = tl.constexpr({constants.ranks})  # run this kernel in step, each on its shard")
-    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",

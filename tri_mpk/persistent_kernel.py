@@ -89,9 +89,8 @@ class PersistentKernel:
             raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
         if world_size > MAX_RANKS:
             raise NotImplementedError(f"world_size={world_size} is not supported; at most {MAX_RANKS} ranks are")
-        if world_size > 1 and (policy != "static" or profile):
-            what = f"policy={policy!r}" if policy != "static" else "profile=True"
-            raise NotImplementedError(f"{what} is not supported on several ranks so far; leave it out")
+        if world_size > 1 and policy != "static":
+            raise NotImplementedError(f"policy={policy!r} is not supported on several ranks so far; leave it out")
         if len(meta_tensors) != 2:
             raise ValueError(f"meta_tensors must be [step, tokens], got {len(meta_tensors)} tensors")
         step, tokens = meta_tensors
