@@ -121,6 +121,8 @@ def missing_signals(
     epochs = max([1, *(-(-given[event] // total) for event, total in totals.items())])
     if stuck.task is None and stuck.pool is None and totals[STEP_EVENT]:
         epochs = max(epochs, wrap_int32(stuck.wanted - base * totals[STEP_EVENT]) // totals[STEP_EVENT])
+    if events.weights and (count := events.events[stuck.event].count):  # other ranks may have gone on to the next one
+        epochs = wrap_int32(stuck.wanted - base * count) // count
     lacking = {event: epochs * total - given[event] for event, total in totals.items()}
     return epochs, Counter({event: number for event, number in lacking.items() if number > 0})
 
