@@ -1,6 +1,7 @@
 """Measures geometries on the GPU of this machine and saves one report each: see README.md beside this file.
 
 PYTHONPATH=. python bench/run.py --geometry Llama-3.2-1B Qwen3-8B --context 64 512 4096
+PYTHONPATH=. torchrun --nproc-per-node 2 bench/run.py --geometry Qwen3-8B   # one model on two GPUs; no baseline
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ import time
 import traceback
 from pathlib import Path
 
-from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench, save_report
-from tri_mpk.geometries import GEOMETRIES
+import torch
 
+from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench, save_report
+from tri_mpk.distributed import world
+from tri_mpk.geometries import GEOMETRIES
+from tri_mpk.rank_benchmark import run_rank_bench
+
+FOR_ONE_GPU = [name for name in GEOMETRIES if name != "Llama-3.1-70B"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,6 +32,9 @@ def summary(report: dict) -> str:
         line = f"  context {row['context']:6}: {row['ms_p50']:.3f} ms/token, {row['fraction_of_copy']:.0%} of the copy"
         if row["speedup"] is not None:
             line += f", baseline {row['baseline_ms_p50']:.3f} ms, {row['speedup']:.2f}x"
+        if "exposed_communication" in row:
+            line += f", {row['no_communication_ms_p50']:.3f} ms without communication"
+            line += f" ({row['exposed_communication']:.0%} exposed)"
         if row["rel_l2"] is not None:
             line += f", relative L2 to fp32 {row['rel_l2']:.1e} (bf16 {row['rel_l2_bf16']:.1e})"
         lines.append(line)
@@ -36,32 +45,39 @@ def summary(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", nargs="+", default=list(GEOMETRIES), help="default: all")
+    parser.add_argument("--geometry", nargs="+", default=list(FOR_ONE_GPU), help="default: all that fit one GPU")
     parser.add_argument("--context", nargs="+", type=int, default=list(DEFAULT_CONTEXTS))
     parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch")
     parser.add_argument("--launches", type=int, default=20)
     parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile, which takes most of the time")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
+    parser.add_argument("--reduce-dtype", default="float32", help="of what ranks send each other: float32 or bfloat16")
     parser.add_argument("--commit", help="to record where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     failed = []
+    rank, world_size = world()
     for name in options.geometry:
         start = time.perf_counter()
         try:
-            report = run_bench(
-                name,
-                options.context,
-                num_tokens=options.num_tokens,
-                launches=options.launches,
-                baseline=not options.no_baseline,
-                check=not options.no_check,
-                account=options.account,
-            )
+            common = {
+                "num_tokens": options.num_tokens, "launches": options.launches, "check": not options.no_check
+            }  # fmt: skip
+            if world_size > 1:
+                report = run_rank_bench(
+                    name, options.context, account_too=options.account,
+                    reduce_dtype=getattr(torch, options.reduce_dtype), **common,
+                )  # fmt: skip
+            else:
+                report = run_bench(
+                    name, options.context, baseline=not options.no_baseline, account=options.account, **common
+                )
         except Exception:  # the other geometries still count
             traceback.print_exc()
             failed.append(name)
+            continue
+        if rank:  # rank 0 speaks for all
             continue
         report["commit"] = options.commit or report["commit"]
         print(summary(report))

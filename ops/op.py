@@ -22,7 +22,7 @@ from tri_mpk.scheduler.graph import Region, Task, Value
 KERNEL_PARAMETERS = (
     "task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "step", "step_ptr", "ring",
 )  # fmt: skip
-MACHINE_CONSTANTS = ("PORTABLE", "RING", "DEFERRED", "WEIGHT", "BLOCK_K")
+MACHINE_CONSTANTS = ("PORTABLE", "RING", "DEFERRED", "WEIGHT", "BLOCK_K", "RANKS")
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +70,7 @@ class Op:
     tile: JITFunction
     cut: Callable[..., Cut]
     reference: Callable[..., object]
+    waits_for_ranks: bool = False  # other ranks may signal the event that its tasks wait for
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from .graph import (
     WeightStream,
     pool_entry,
 )
+from .peers import TASK_PEERS
 from .pools import releases
 from .ready import (
     POOL_DRAWN,
@@ -134,6 +135,11 @@ class CounterLayout:
         return ((counters + (1 << 31)) % (1 << 32) - (1 << 31)).astype(np.int32)
 
 
+def heap_name(rank: int) -> str:
+    """What a rank's heap is called among the tensors that a queue is relocated by."""
+    return f"heap@{rank}"
+
+
 def pack(
     graph: TaskGraph,
     events: Events,
@@ -141,8 +147,12 @@ def pack(
     task_words: int,
     field_order: list[list[str]],
     itemsize: dict[str, int],
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> PackedQueues:
     """`field_order[variant]` lists the fields of a variant's descriptor, `itemsize[tensor]` is in bytes.
+
+    On several ranks, `heap_name(r)` is the heap of rank r among the tensors.
 
     A worker without tasks gets one empty record, since every worker takes part in the step event. The last record of
     a pool in a worker's queue signals the step event, so that none draws tickets of a step that is over.
@@ -160,7 +170,7 @@ def pack(
         if isinstance(value, Address):
             index = tensor_index.setdefault(value.tensor, len(tensor_index))
             relocations.append((record * task_words + word, index, sign))
-            value = value.offset * itemsize[value.tensor]
+            value = value.offset and value.offset * itemsize[value.tensor]  # heaps have no element size
         words[record, word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
@@ -184,6 +194,11 @@ def pack(
         for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
             value = task.fields[name]
             put(i, word, counters.tables.place(task_idx, value) if isinstance(value, EventUse) else value)
+        if task.to_all_ranks:
+            assert TASK_FIELDS.value + len(field_order[task.variant]) <= TASK_PEERS.value, graph.task_name(task_idx)
+            for peer in range(num_ranks):
+                put(i, TASK_PEERS.value + peer, Address(heap_name(peer)))
+                put(i, TASK_PEERS.value + peer, Address(heap_name(rank)), sign=-1)
 
     def put_signals(i: int, targets: list[int], who: str) -> None:
         signals = [e * EVENT_STRIDE + RELEASES.value * (e in counters.release) for e in targets]

@@ -6,6 +6,7 @@ Everything else (events, queues, proofs) is derived from the declared regions.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 Box = tuple[tuple[int, int], ...]  # half-open interval per dimension
@@ -107,6 +108,9 @@ class Task:
     fields: dict[str, int | Address | EventUse] = field(default_factory=dict)
     stream: WeightStream | None = None
     announces: tuple[str, ...] = ()  # values of which it gives the signals of those who are absent
+    # of kernels on several ranks, see ranks.py
+    pushes: tuple[Region, ...] = ()  # of symmetric tensors, without the first coordinate: written on every rank
+    to_all_ranks: bool = False  # its signals go to the events of all ranks
 
 
 @dataclass(slots=True)
@@ -184,6 +188,18 @@ class Events:
     tensors: list[EventTensor] = field(default_factory=list)  # all events but the step event
     num_pairs: int = 0  # (producer, consumer) pairs of tasks that had to be ordered, before sets of them were fused
     max_pairs: int = 0  # the most of one consumer
+    weights: list[int] = field(default_factory=list)  # per task: signals that an event gets from it and its like on
+    # other ranks; empty on one rank, where that is 1
+
+    def totals(self) -> Counter[int]:
+        """The signals that each event gets per step."""
+        totals: Counter[int] = Counter()
+        for task, signals in enumerate(self.signals):
+            for event in signals:
+                totals[event] += self.weights[task] if self.weights else 1
+        # by a value: every producer signals, or somebody for it
+        totals |= {use.event: self.events[use.event].count for uses in self.signal_if.values() for use in uses}
+        return totals
 
     def may_wait(self, task: int) -> list[int]:
         """Events that a task waits for, in all steps or in some."""

@@ -108,14 +108,20 @@ class Report:
         )
 
 
-def verify(graph: TaskGraph, events: Events, schedule: Schedule, max_combinations: int = MAX_COMBINATIONS) -> Report:
+def verify(
+    graph: TaskGraph,
+    events: Events,
+    schedule: Schedule,
+    max_combinations: int = MAX_COMBINATIONS,
+    max_signals: int = MAX_SIGNALS,
+) -> Report:
     """Raise a `ScheduleError` that says what to change, or report what has been proved.
 
     Up to `max_combinations` of the numbers that values may have are tried one by one.
     """
     start = time.perf_counter()
     _check_queues(graph, schedule)
-    _check_event_table(graph, events)
+    _check_event_table(graph, events, max_signals)
     if graph.values:
         check_values(graph, events, schedule)
     num_unused_signals = _check_counts(graph, events)
@@ -207,7 +213,7 @@ def _check_queues(graph: TaskGraph, schedule: Schedule) -> None:
         )
 
 
-def _check_event_table(graph: TaskGraph, events: Events) -> None:
+def _check_event_table(graph: TaskGraph, events: Events, max_signals: int) -> None:
     num_tasks, num_events = len(graph.tasks), len(events.events)
     if not len(events.wait) == len(events.signals) == num_tasks:
         raise MalformedScheduleError(
@@ -223,10 +229,10 @@ def _check_event_table(graph: TaskGraph, events: Events) -> None:
                 f"{graph.task_name(task)} waits for event {wait} and signals {signals}, but only "
                 f"events 0 to {num_events - 1} exist; derive the events of this graph again"
             )
-        if len(signals) > MAX_SIGNALS:
+        if len(signals) > max_signals:
             raise MalformedScheduleError(
                 f"{graph.task_name(task)} signals {len(signals)} events, but a descriptor holds "
-                f"{MAX_SIGNALS}; merge some of them"
+                f"{max_signals}; merge some of them"
             )
 
 

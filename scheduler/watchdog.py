@@ -120,14 +120,15 @@ def missing_signals(
     The last epoch is the one that some signal belongs to, since all workers but those at fault have gone through it;
     or the one whose end is waited for. `num_leaving` workers signal the step event when they have left their last pool.
     """
-    totals = Counter(event for signals in events.signals for event in signals)
-    totals |= {use.event: events.events[use.event].count for uses in events.signal_if.values() for use in uses}
+    totals = events.totals()
     totals[STEP_EVENT] += num_leaving
     base = first_epoch - 1
     given = {event: wrap_int32(counters[event] - base * total) for event, total in totals.items()}
     epochs = max([1, *(-(-given[event] // total) for event, total in totals.items())])
     if stuck.task is None and stuck.pool is None and totals[STEP_EVENT]:
         epochs = max(epochs, wrap_int32(stuck.wanted - base * totals[STEP_EVENT]) // totals[STEP_EVENT])
+    if events.weights and (count := events.events[stuck.event].count):  # other ranks may have gone on to the next one
+        epochs = wrap_int32(stuck.wanted - base * count) // count
     lacking = {event: epochs * total - given[event] for event, total in totals.items()}
     return epochs, Counter({event: number for event, number in lacking.items() if number > 0})
 

@@ -159,3 +159,29 @@ def test_edits_are_distinct(model):
     for name, functions in EDITS.items():
         edits[name] = changed(model, *functions)[0].words.numpy().tobytes()
     assert len(set(edits.values())) == len(EDITS)
+
+
+def test_without_communication_every_rank_is_its_own_peer():
+    from tri_mpk.account import RANK_EDITS
+    from tri_mpk.scheduler.descriptor import heap_name
+    from tri_mpk.scheduler.peers import TASK_PEERS
+
+    config = geometry("Qwen3-0.6B")
+    config.num_hidden_layers = 1
+    program = plan_config(config, torch.bfloat16, 256, num_workers=8, world_size=2, rank=1)
+    packed = program.pack()
+    addresses = {name: (i + 1) << 32 for i, name in enumerate(packed.tensor_names)}
+    runtime = SimpleNamespace(
+        queue=torch.from_numpy(packed.relocate(addresses)).as_subclass(OnAGpu),
+        queue_start=torch.from_numpy(packed.queue_start),
+    )
+    queues, differs = changed(
+        SimpleNamespace(kernel=SimpleNamespace(program=program, runtime=runtime)), *RANK_EDITS["no communication"]
+    )
+    peers = TASK_PEERS.value
+    tasks = [program.graph.tasks[task] for queue in program.schedule.queues for task in queue]
+    far = torch.tensor([task.to_all_ranks for task in tasks])
+    away = addresses[heap_name(0)] - addresses[heap_name(1)]
+    assert set(runtime.queue[far, peers].tolist()) == {away} and set(runtime.queue[far, peers + 1].tolist()) == {0}
+    assert bool(differs[far, peers].all()) and int(differs.sum()) == int(far.sum())
+    assert bool((queues.words[far, peers : peers + 2] == 0).all())

@@ -36,13 +36,15 @@ from tri_mpk.inspect import plan_config
 from tri_mpk.program import SharedMemoryPlan
 config = geometry(sys.argv[1])
 config.num_hidden_layers = 2
-program = plan_config(config, torch.bfloat16, 8192, profile=sys.argv[2] == "profile", policy=sys.argv[3])
+kind, policy, ranks = sys.argv[2], sys.argv[3], int(sys.argv[4])
+program = plan_config(config, torch.bfloat16, 8192, profile=kind == "profile", policy=policy, world_size=ranks)
 kernel = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, kernel.metadata.shared, 227 << 10)
 ttgir = kernel.asm["ttgir"]
 names = set(re.findall(r"tensor<16x32x[^,]+, (#[^>]+)>", ttgir))
 layouts = sorted(layout for name in names for layout in re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE))
-print(json.dumps(resources(kernel) | dataclasses.asdict(plan) | {"layouts": layouts}))
+counts = {what: kernel.asm["ptx"].count(what) for what in ("red.release.sys", "ld.acquire.sys", "multimem")}
+print(json.dumps(resources(kernel) | dataclasses.asdict(plan) | {"layouts": layouts} | counts))
 """
 
 # What the runtime's launch would make of its arguments, against what the ahead-of-time compiler assumes. It runs in a
@@ -73,8 +75,8 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | variables
 
 
-def compiled(name: str, kind: str, policy: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", REPORT, name, kind, policy]
+def compiled(name: str, kind: str, policy: str, ranks: int = 1) -> dict[str, Any]:
+    command = [sys.executable, "-c", REPORT, name, kind, policy, str(ranks)]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -86,8 +88,10 @@ def compiled(name: str, kind: str, policy: str) -> dict[str, Any]:
         *([name, "plain", "static"] for name in GEOMETRIES),
         *([name, "profile", "static"] for name in ("Llama-3.2-1B", "Qwen3-8B")),
         *([name, "plain", "hybrid"] for name in ("Llama-3.2-1B", "Qwen3-8B")),
+        *(["Qwen3-8B", "plain", "static", ranks] for ranks in (2, 4, 8)),
+        *([name, "plain", "static", ranks] for name in ("Qwen3-32B", "Llama-3.1-70B") for ranks in (2, 4)),
     ],
-    ids=" ".join,
+    ids=lambda parameters: " ".join(map(str, parameters)),
 )
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     return compiled(*request.param)
@@ -106,6 +110,12 @@ def test_real_kernels_fit_hopper(request: pytest.FixtureRequest, report: dict[st
         assert report["spills"] <= FEW_SPILLS
     assert report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] * report["slot_bytes"] >= 128 << 10, "too little on its way to hide a hop"
+
+
+def test_only_several_ranks_order_memory_of_the_system(report: dict[str, Any], request: pytest.FixtureRequest):
+    several = request.node.callspec.params["report"][3:]
+    assert (report["red.release.sys"] > 0) == (report["ld.acquire.sys"] > 0) == bool(several)
+    assert report["multimem"] == 0
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-8B"])

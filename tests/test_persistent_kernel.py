@@ -35,8 +35,10 @@ def attach(mpk: PersistentKernel, *dims: int, dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize(
     ("error", "text", "arguments"),
     [
-        (NotImplementedError, "world_size=2", {"world_size": 2}),
-        (NotImplementedError, "rank=1", {"rank": 1}),
+        (NotImplementedError, "world_size=16", {"world_size": 16}),
+        (NotImplementedError, "policy='hybrid'", {"world_size": 2, "policy": "hybrid"}),
+        (ValueError, "rank=1", {"rank": 1}),
+        (ValueError, "rank=-1", {"world_size": 2, "rank": -1}),
         (ValueError, "got 0 tensors", {"meta_tensors": []}),
         (ValueError, "got 1 tensors", {"meta_tensors": meta_tensors()[:1]}),
         (ValueError, "step must be an int32", {"meta_tensors": [torch.zeros(1), meta_tensors()[1]]}),
@@ -84,7 +86,7 @@ def test_tensor_on_another_device(mpk):
 
 
 def test_symmetric_tensor(mpk):
-    with pytest.raises(NotImplementedError, match="symmetric=False"):
+    with pytest.raises(ValueError, match="symmetric=False"):
         mpk.new_tensor((4,), torch.float32, name="x", symmetric=True)
 
 

@@ -63,6 +63,22 @@ def delay_at_random(seed: str, worker: int) -> None:
         setattr(interpreter.InterpreterBuilder, name, delayed)
 
 
+def yield_between_polls() -> None:
+    """With several ranks there are more workers than cores: who waits leaves its core to those that work."""
+    wrapped = interpreter.InterpreterBuilder.create_atomic_rmw
+    last = None
+
+    def patient(self, op, ptr, *args):
+        nonlocal last
+        place = int(np.ravel(ptr.data)[0])
+        if place == last:
+            time.sleep(0.0005)
+        last = place
+        return wrapped(self, op, ptr, *args)
+
+    interpreter.InterpreterBuilder.create_atomic_rmw = patient
+
+
 def open_tensor(path: str, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_file(path, shared=True, size=num_bytes // dtype.itemsize, dtype=dtype)
 
@@ -72,17 +88,20 @@ def load(message: dict) -> dict:
     spec = importlib.util.spec_from_file_location("megakernel", message["source"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tensors = [open_tensor(path, size, torch.uint8) for path, size in message["tensors"]]
-    bases = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    files = {path: open_tensor(path, size, torch.uint8) for path, size, _ in message["tensors"]}
+    shared = []
+    for path, size, dtype in message["arguments"]:  # a heap is mapped once: counters and tensors lie in it
+        whole = files[path] if path in files else open_tensor(path, size, torch.uint8)
+        shared.append(whole[: size // dtype.itemsize * dtype.itemsize].view(dtype))
+    bases = torch.tensor([files[path].data_ptr() + at for path, _, at in message["tensors"]], dtype=torch.int64)
     queue = message["words"].view(-1).clone()
     addresses = message["signs"] * bases[message["indices"]]
     queue.index_add_(0, message["positions"], addresses)
-    shared = [open_tensor(path, size, dtype) for path, size, dtype in message["arguments"]]
     return {
         "kernel": module.megakernel,
         "arguments": [queue, message["queue_start"], *shared],
         "relocations": (message["positions"], addresses),
-        "keep": tensors,
+        "keep": files,
         "worker": message["worker"],
         "task_words": message["words"].shape[1],
     }
@@ -118,6 +137,8 @@ def main() -> None:
         try:
             if message["what"] == "load":
                 state = load(message)
+                if message["ranks"] > 1:
+                    yield_between_polls()
                 if seed := os.environ.get("TRI_MPK_TEST_DELAYS"):
                     delay_at_random(seed, message["worker"])
             elif message["what"] == "queue":

@@ -15,6 +15,7 @@ import torch
 from tri_mpk.generator import field_names
 from tri_mpk.model import CausalLM
 from tri_mpk.scheduler import device as words
+from tri_mpk.scheduler.peers import TASK_PEERS
 
 SKIPPED = -1  # the variant of a task that only signals
 
@@ -55,6 +56,15 @@ class Queues:
             if "num_rows" in names:
                 self.words[self.variant == i, words.TASK_FIELDS.value + names.index("num_rows")] = 0
 
+    def without_communication(self) -> None:
+        """Every rank is its own peer: what it would push and signal to others it pushes and signals to itself, as often
+        as before, so that each rank runs alone and all counts are reached.
+        """
+        tasks = (self.words[:, words.TASK_VARIANT.value] >> 32).tolist()
+        graph = self.program.graph
+        far = [i for i, task in enumerate(tasks) if self.variant[i] >= 0 and graph.tasks[task].to_all_ranks]
+        self.words[far, TASK_PEERS.value : TASK_PEERS.value + self.program.num_ranks] = 0
+
     def cached_weights(self) -> None:
         """All matrices lie in the same few MB of lm_head, 128 KiB apart per worker at most, and so in the L2 cache."""
         stream = words.TASK_STREAM.value
@@ -87,6 +97,11 @@ EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
         Queues.without_matrices, Queues.without_attention, Queues.without_waits,
     ),
 }  # fmt: skip
+RANK_EDITS: dict[str, tuple[Callable[[Queues], None], ...]] = {
+    "no communication": (Queues.without_communication,),
+    "no communication, no weights copied": (Queues.without_communication, Queues.without_copies),
+    "no communication, no matrices": (Queues.without_communication, Queues.without_matrices),
+}
 
 
 @contextmanager
@@ -107,6 +122,7 @@ def edited(model: CausalLM, edits: tuple[Callable[[Queues], None], ...]) -> Iter
 def account(model: CausalLM, measure: Callable[[], float]) -> Iterator[Entry]:
     """What `measure`, ms per token of a launch, returns as it is and with each loss taken away."""
     model.compile()
-    for name, edits in EDITS.items():
+    edits_of = EDITS | (RANK_EDITS if model.kernel.world_size > 1 else {})
+    for name, edits in edits_of.items():
         with edited(model, edits):
             yield Entry(name, measure())

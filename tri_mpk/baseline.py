@@ -160,6 +160,20 @@ def measure_baseline(
     if mode not in ("compile", "eager"):
         raise ValueError(f"mode={mode!r} is not known; choose 'compile' or 'eager'")
     decoder = StaticCacheDecoder(hf_model, max_seq_len=1, pack=pack)
+    return measure_decoder(decoder, contexts, max_seq_len, mode, autotune, attentions, samples, replays)
+
+
+def measure_decoder(
+    decoder: StaticCacheDecoder,
+    contexts: Sequence[int],
+    max_seq_len: int | None = None,
+    mode: str = "compile",
+    autotune: bool = False,
+    attentions: Sequence[str] = ATTENTIONS,
+    samples: int = 50,
+    replays: int = 10,
+) -> list[dict[str, Any]]:
+    """`measure_baseline` of a decoder that is there."""
     inductor_modes: tuple[str | None, ...] = (None,)
     if mode == "compile":
         inductor_modes = ("default", "max-autotune-no-cudagraphs") if autotune else ("default",)

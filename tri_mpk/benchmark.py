@@ -53,11 +53,22 @@ SEED = 0
 
 
 def fill_cache(model: CausalLM, seed: int = SEED) -> None:
-    """Random keys and values of unit variance at every position."""
+    """Random keys and values of unit variance at every position. Ranks have parts of the same cache."""
+    for name, whole in random_caches(model, seed):
+        tensor = model.kernel.tensors[name].data
+        tensor.copy_(whole if model.shard is None else whole[:, list(model.shard.kv_heads)])
+
+
+def random_caches(model: CausalLM, seed: int = SEED) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of each cache that `fill_cache` makes, with the KV heads of all ranks."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for name, tensor in model.kernel.tensors.items():
         if name.endswith(("k_cache", "v_cache")):
-            tensor.data.normal_(0.0, 1.0, generator=generator)
+            num_pages, num_heads, *rest = tensor.dims
+            if model.shard is not None:
+                num_heads = model.config.num_key_value_heads
+            whole = torch.empty((num_pages, num_heads, *rest), dtype=tensor.dtype, device=model.device)
+            yield name, whole.normal_(0.0, 1.0, generator=generator)
 
 
 def launch_at(model: CausalLM, context: int, num_tokens: int, progress: bool = False) -> None:
@@ -131,16 +142,21 @@ def logits_at(model: CausalLM, position: int, token: int) -> Tensor:
     # the next token counts as known, so that none is chosen and the last position of the model is allowed too
     for _ in model.kernel.launch(LaunchRequest(num_known=position + 2, last_step=position, logits_from=position)):
         raise AssertionError("a launch for logits chose a token")
-    return model.kernel.runtime.default_logits.clone()
+    logits = model.kernel.runtime.default_logits.clone()
+    return logits if model.ranks is None else model.ranks.gather(logits)
 
 
-def dense_cache(model: CausalLM, length: int) -> tuple[Tensor, Tensor]:
-    """Copies of the first `length` keys and values: [L, 1, num_kv_heads, length, head_dim] each."""
+def dense_cache(model: CausalLM, length: int, caches: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Copies of the first `length` keys and values: [L, 1, num_kv_heads, length, head_dim] each.
+
+    `caches`: by name, in place of the model's own.
+    """
     tensors = model.kernel.tensors
     pages = tensors["page_table"].data[: -(-length // PAGE_SIZE)].long()
+    caches = caches or {name: tensor.data for name, tensor in tensors.items() if name.endswith("_cache")}
 
     def dense(kind: str) -> Tensor:
-        paged = (tensors[f"L{i:02d}.{kind}_cache"].data[pages] for i in range(model.shape.num_layers))
+        paged = (caches[f"L{i:02d}.{kind}_cache"][pages] for i in range(model.shape.num_layers))
         return torch.stack([p.transpose(0, 1).flatten(1, 2)[None, :, :length] for p in paged])
 
     return dense("k"), dense("v")
@@ -156,9 +172,11 @@ def check_logits(model: CausalLM, hf_model: nn.Module, position: int, token: int
     return compare_logits(logits_at(model, position, token), exact, rounded, position)
 
 
-def references(model: CausalLM, hf_model: nn.Module, position: int, token: int) -> tuple[Tensor, Tensor]:
-    """Logits [V] of the fp32 and of the bf16 reference on the model's cache."""
-    cache = dense_cache(model, position)
+def references(
+    model: CausalLM, hf_model: nn.Module, position: int, token: int, caches: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [V] of the fp32 and of the bf16 reference on the model's cache, or on `caches`."""
+    cache = dense_cache(model, position, caches)
     at = (torch.tensor([token], device=model.device), position)
     return reference_logits(hf_model, *cache, *at)[0], reference_logits(hf_model, *cache, *at, dtype=torch.bfloat16)[0]
 
@@ -196,7 +214,7 @@ class Subject:
     """A geometry with random weights, compiled on a GPU, and the yardsticks of the same run."""
 
     name: str
-    hf_model: nn.Module  # the same weights, for the reference
+    hf_model: nn.Module | None  # the same weights, for the reference
     model: CausalLM
     num_tokens: int
     launches: int
@@ -206,9 +224,10 @@ class Subject:
     baseline: dict[int, dict[str, Any]]  # by context; empty if not asked for
 
     def row(self, context: int, times: dict[str, float], errors: dict[str, float] | None = None) -> dict[str, Any]:
-        """All about one context: times as `measure` returns them, errors as `check_logits` does."""
-        config, itemsize = self.hf_model.config, self.model.dtype.itemsize
-        weights, kv = weight_bytes(config, itemsize), kv_bytes(self.model, context)
+        """All about one context: times as `measure` returns them, errors as `check_logits` does. Bytes are per GPU."""
+        config, itemsize = self.model.config, self.model.dtype.itemsize
+        weights = weight_bytes(config, itemsize) // self.model.kernel.world_size
+        kv = kv_bytes(self.model, context)
         gbps = (weights + kv) / times["ms_p50"] / 1e6
         baseline = self.baseline.get(context)
         return {
@@ -230,7 +249,7 @@ class Subject:
         """The rows with everything that is needed to read or repeat them."""
         return {
             "geometry": self.name,
-            **environment(self.model.device),
+            **environment(self.model.device, self.model.kernel.world_size),
             "settings": {
                 "num_tokens": self.num_tokens,
                 "launches": self.launches,
@@ -252,7 +271,7 @@ class Subject:
 
 
 def kv_bytes(model: CausalLM, context: int) -> int:
-    """Bytes of keys and values read for a token that attends to `context` entries."""
+    """Bytes of keys and values that a GPU reads for a token that attends to `context` entries."""
     shape = model.shape
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * context * model.dtype.itemsize
 
@@ -423,10 +442,11 @@ def save_report(report: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, num_gpus: int = 1) -> dict[str, Any]:
     """GPU, driver, versions, commit, date and command line."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "gpu": gpu if num_gpus == 1 else f"{num_gpus} x {gpu}",
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -7,6 +7,7 @@ input or unsupported model or device, 130 interrupted. torch and transformers ar
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -70,6 +71,9 @@ MaxSeqLenOption = Annotated[
     int | None, typer.Option(min=2, help="Prompt and new tokens together; default: 4096, or the model's limit if less.")
 ]
 NumWorkersOption = Annotated[int | None, typer.Option(min=1, help="Persistent programs; default: one per SM.")]
+RanksOption = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, max=8, help="Ranks that the model is shared out among.")
+]
 TuningOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The kernel's knobs as JSON; default: what tri-mpk tune stored, or a choice."),
@@ -176,6 +180,10 @@ def generate(
     wait_bound_s: WaitBoundOption = 10.0,
     tuning: TuningOption = None,
     policy: PolicyOption = "static",
+    tensor_parallel: Annotated[
+        str, typer.Option(metavar="auto|N", help="Ranks that share the model; auto: all that torchrun has started.")
+    ] = "auto",
+    reduce_dtype: Annotated[str, typer.Option(help="Of what ranks send each other.")] = "float32",
     eos_token_id: EosOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text while it is made.")] = True,
     as_json: JsonOption = False,
@@ -190,11 +198,13 @@ def generate(
     Examples:
       tri-mpk generate meta-llama/Llama-3.2-1B "The sea is" --max-new-tokens 50
       tri-mpk generate demos/tiny --device cpu --json < prompt.txt
+      torchrun --nproc-per-node 2 -m tri_mpk generate Qwen/Qwen3-8B "The sea is"
     """
     text = read_prompt(prompt)
     lm, tokenizer = load(
         model, hub_options(revision, cache_dir, local_files_only), progress, dtype=dtype, device=device,
         max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s, tuning=tuning, policy=policy,
+        tensor_parallel=tensor_parallel, reduce_dtype=reduce_dtype,
     )  # fmt: skip
     from transformers import TextStreamer
 
@@ -269,7 +279,7 @@ def chat(
         raise ValueError(f"{model} has no chat template, so it is no chat model; try: tri-mpk generate {model} PROMPT")
     lm, tokenizer = load(
         model, hub, progress, dtype=dtype, device=device, max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, tuning=tuning, policy=policy,
+        wait_bound_s=wait_bound_s, tuning=tuning, policy=policy, tensor_parallel=1,
     )  # fmt: skip
     parameters = greedy_parameters(lm.generation_config)
     if eos_token_id:
@@ -300,6 +310,7 @@ def planned(
     num_workers: int | None,
     bulk_copies: bool = True,
     policy: str = "static",
+    tensor_parallel: int = 1,
 ) -> tuple[Program, GpuProfile, dict[str, object]]:
     """The program for a model's GPU form, the GPU, and what else it was planned for."""
     import torch
@@ -309,6 +320,7 @@ def planned(
     from tri_mpk.inspect import plan_config
     from tri_mpk.loading import resolve_dtype, resolve_max_seq_len
     from tri_mpk.models import describe
+    from tri_mpk.sharding import Shard
     from tri_mpk.tuning_store import find_tuning
 
     check_compiler()
@@ -318,8 +330,12 @@ def planned(
         note(f"tri-mpk: no GPU here, so planning for an {gpu.name} with {gpu.num_sms} SMs (see --num-workers)")
     resolved_dtype = resolve_dtype(dtype, torch.device("meta"), config)
     resolved_len = resolve_max_seq_len(max_seq_len, config)
-    tuning, tuning_source = find_tuning(gpu, describe(config, resolved_len), resolved_dtype, num_workers)
-    program = plan_config(config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning, policy=policy)
+    local = config if tensor_parallel == 1 else Shard(config, 0, tensor_parallel).local_config()
+    tuning, tuning_source = find_tuning(gpu, describe(local, resolved_len), resolved_dtype, num_workers)
+    program = plan_config(
+        config, resolved_dtype, resolved_len, bulk_copies=bulk_copies, tuning=tuning, policy=policy,
+        world_size=tensor_parallel,
+    )  # fmt: skip
     facts = {
         "model": geometry or model,
         "dtype": str(resolved_dtype).removeprefix("torch."),
@@ -436,6 +452,7 @@ def verify_schedule(
     max_seq_len: MaxSeqLenOption = None,
     dtype: DtypeOption = None,
     policy: PolicyOption = "static",
+    tensor_parallel: RanksOption = 1,
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Put verify itself on trial, on random and on large schedules.")
     ] = False,
@@ -452,12 +469,16 @@ def verify_schedule(
     \b
     Examples:
       tri-mpk verify --geometry Qwen3-8B
+      tri-mpk verify --geometry Qwen3-8B --tensor-parallel 4
       tri-mpk verify --self-check --cases 10000 --seed 1
     """
     if not self_check:
-        program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers, policy=policy)
-        facts |= {"num_workers": program.num_workers} | asdict(program.report)
-        print(json.dumps(facts) if as_json else f"{facts['model']}, {program.num_workers} workers: {program.report}")
+        program, _, facts = planned(
+            model, geometry, dtype, max_seq_len, num_workers, policy=policy, tensor_parallel=tensor_parallel
+        )
+        facts |= {"num_workers": program.num_workers, "num_ranks": program.num_ranks} | asdict(program.report)
+        where = f"{program.num_workers} workers" + (f" on each of {tensor_parallel} ranks" * (tensor_parallel > 1))
+        print(json.dumps(facts) if as_json else f"{facts['model']}, {where}: {program.report}")
         return
     if model is not None or geometry is not None:
         raise ValueError("--self-check makes its own schedules; leave out MODEL and --geometry")
@@ -494,6 +515,7 @@ def compile_kernel(
     num_workers: NumWorkersOption = None,
     max_seq_len: MaxSeqLenOption = None,
     dtype: DtypeOption = None,
+    tensor_parallel: RanksOption = 1,
     as_json: JsonOption = False,
     progress: ProgressOption = True,
 ) -> None:
@@ -512,7 +534,9 @@ def compile_kernel(
     if target is None and torch.cuda.is_available():
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     target = target or DEFAULT_TARGET
-    program, _, facts = planned(model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target))
+    program, _, facts = planned(
+        model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target), tensor_parallel
+    )
     path = write_source(program.source)
     with spinner(f"compiling for {target}, half a minute or so", progress):
         resources = compile_report(path, target)
@@ -776,4 +800,6 @@ def print_profile(result: Profile) -> None:
 
 def main() -> None:
     """Entry point of `tri-mpk` and `python -m tri_mpk`."""
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     app(prog_name="tri-mpk")

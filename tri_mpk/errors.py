@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TriMpkError(Exception):
     """Base of the errors below."""
@@ -24,7 +26,8 @@ class MegakernelTimeout(TriMpkError, TimeoutError):
 
     Attributes: of the wait that gave up first `task` (its name), `op`, `layer`, `tile` (None at the end of a step),
     `worker`, `event`, and the counts `seen` and `wanted`; then `chain`, the unfinished tasks that each waited for the
-    next, that one first, and `root_cause` in words.
+    next, that one first, and `root_cause` in words. On several ranks `rank` is this one, and `silent_ranks` are those
+    that had not left the launch either when this rank stopped waiting for them.
     """
 
     def __init__(
@@ -40,17 +43,35 @@ class MegakernelTimeout(TriMpkError, TimeoutError):
         tile: tuple[int, ...] | None = None,
         chain: tuple[str, ...] = (),
         root_cause: str = "unknown",
+        rank: int | None = None,
+        silent_ranks: Sequence[int] = (),
     ):
+        self.rank, self.silent_ranks = rank, tuple(silent_ranks)
         self.task, self.worker, self.event, self.seen, self.wanted = task, worker, event, seen, wanted
         self.op, self.layer, self.tile, self.chain, self.root_cause = op, layer, tile, chain, root_cause
         shown = chain if len(chain) <= 6 else (*chain[:3], f"{len(chain) - 5} more", *chain[-2:])
+        who = f"worker {worker}" if rank is None else f"rank {rank}, worker {worker}"
         super().__init__(
-            f"worker {worker} waited too long before {task}{f' ({op})' if op else ''}: event {event} stood at {seen},"
+            f"{who} waited too long before {task}{f' ({op})' if op else ''}: event {event} stood at {seen},"
             f" wanted {wanted}. Root cause: {root_cause}."
             f"{' Unfinished: ' + ' <- '.join(shown) + '.' if len(chain) > 1 else ''}"
             " All workers have left the kernel and the next launch starts afresh; if this machine is just slow, raise"
             " wait_bound_s."
         )
+
+
+class RankError(TriMpkError, RuntimeError):
+    """Other ranks are missing: they ended, hang, or do something else. `ranks` are their numbers, if that is known."""
+
+    def __init__(self, ranks: list[int], what: str):
+        self.ranks = tuple(ranks)
+        super().__init__(f"{_rank_names(ranks)} {what}; look at what they print, then start all ranks again")
+
+
+def _rank_names(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return "the other ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 class WorkerDiedError(TriMpkError, RuntimeError):

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
-from tri_mpk.scheduler import by_value, device, ready, timing
+from tri_mpk.scheduler import by_value, device, peers, rank_timing, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
 TRITON_DTYPES = {
@@ -41,8 +41,12 @@ USED = (
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
 TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
+TIMED_RANKS = {
+    "wait_for_ranks": rank_timing.timed_wait_for_ranks,
+    "signal_ranks": rank_timing.timed_signal_ranks,
+}
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
-SCHEDULER_MODULES = (device, timing, ready, by_value)
+SCHEDULER_MODULES = (device, timing, ready, by_value, peers, rank_timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class KernelConstants:
     pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
     slot_bytes: int = 0  # of a ring
     deferred_slots: int = 0  # of a ring that a task leaves to the next one
+    ranks: int = 1  # that run this kernel in step: see scheduler/peers.py
 
 
 def field_names(op: Op) -> list[str]:
@@ -74,8 +79,10 @@ def field_names(op: Op) -> list[str]:
     return [p.name for p in op.tile.params if not p.is_constexpr and p.name not in KERNEL_PARAMETERS]
 
 
-def task_words(ops: Iterable[Op], profile: bool = False) -> int:
+def task_words(ops: Iterable[Op], profile: bool = False, ranks: int = 1) -> int:
     """Size of a task descriptor in int64 words: whole 64-byte lines."""
+    if ranks > 1:
+        return peers.PEER_TASK_WORDS
     used = TASK_FIELDS + max(len(field_names(op)) for op in ops)
     words = -(-used // 8) * 8
     if profile:
@@ -87,7 +94,7 @@ def task_words(ops: Iterable[Op], profile: bool = False) -> int:
 
 def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
-    words = task_words((v.op for v in variants), constants.profile)
+    words = task_words((v.op for v in variants), constants.profile, constants.ranks)
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
     if constants.profile:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
@@ -95,6 +102,12 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         roots.append(ready.take_ticket)
         if constants.profile:
             roots += [timing.name_worker, device.task_word]
+    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
+    ranks = []
+    if constants.ranks > 1:
+        replaced = replaced | TIMED_RANKS if constants.profile else replaced
+        roots.append(peers.wait_counter_of_ranks)
+        ranks.append(f"RANKS = tl.constexpr({constants.ranks})  # run this kernel in step, each on its shard")
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
         "",
@@ -109,6 +122,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: plain loads",
         f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
+        *ranks,
         "",
         *_definitions(roots, constants),
         "",
@@ -204,6 +218,7 @@ STEP_END = """\
         step += 1
     drain_ring(ring, RING)
 """
+WAIT_FOR_RANKS = "wait_counter(", "wait_counter_of_ranks("
 
 
 def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str]:
@@ -212,7 +227,8 @@ def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str
     if constants.pools:
         loop = loop[: loop.index(FIRST_OF_SLOTS)] + POOL_LOOP
         branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches] + POOL_TASK_END.splitlines()
-    lines = [*loop.splitlines(), *branches, *STEP_END.splitlines()]
+    step_end = STEP_END.replace(*WAIT_FOR_RANKS) if constants.ranks > 1 else STEP_END
+    lines = [*loop.splitlines(), *branches, *step_end.splitlines()]
     return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
 
 

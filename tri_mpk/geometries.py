@@ -130,6 +130,31 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "Qwen3-32B": (
+        Qwen3Config,
+        {
+            **_QWEN_3,
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "max_window_layers": 64,
+            "num_attention_heads": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "Llama-3.1-70B": (
+        LlamaConfig,
+        {
+            **_LLAMA_3,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+            "rope_parameters": {**_LLAMA_3_ROPE, "factor": 8.0},
+        },
+    ),
     "Qwen2.5-1.5B": (
         Qwen2Config,
         {

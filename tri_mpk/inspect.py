@@ -24,6 +24,7 @@ from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.program import Program
 from tri_mpk.scheduler import STEP_EVENT, imbalance
 from tri_mpk.scheduler.passes import pass_effects
+from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
 
 # ---- planning without a device ----
@@ -51,19 +52,25 @@ def plan_config(
     tuning: Tuning | None = None,
     profile: bool = False,
     policy: str = "static",
+    world_size: int = 1,
+    rank: int = 0,
 ) -> Program:
     """The program of a GPU kernel with `num_workers` workers, or with that tuning, planned on the meta device.
 
     `bulk_copies`: it has what the weight ring needs, as Hopper and the data-centre Blackwells do.
     """
+    first_row = 0
+    if world_size > 1:
+        shard = Shard(config, rank, world_size)
+        config, first_row = shard.local_config(), shard.first_row
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
     kernel = PersistentKernel(
-        num_workers=num_workers, meta_tensors=[step, tokens], tuning=tuning, profile=profile, policy=policy
+        world_size, rank, num_workers, [step, tokens], tuning=tuning, profile=profile, policy=policy
     )
     kernel.has_bulk_copies = bulk_copies
-    build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False)
+    build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False, first_row=first_row)
     return kernel.plan()
 
 
@@ -117,7 +124,7 @@ def critical_path(program: Program) -> list[int]:
                 depth[task] = depth[deepest[event]] + 1
             next_slot[worker] += 1
             for signal in events.signals[task]:
-                missing[signal] -= 1
+                missing[signal] -= events.weights[task] if events.weights else 1  # ranks that run in step
                 if deepest[signal] < 0 or depth[task] > depth[deepest[signal]]:
                     deepest[signal] = task
                 if not missing[signal]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tri_mpk.distributed import rank_device, resolve_world
 from tri_mpk.errors import CheckpointError, DeviceError, UnsupportedModelError
 from tri_mpk.model import PAGE_SIZE, CausalLM
 from tri_mpk.models import FAMILIES, DecoderShape, describe
 from tri_mpk.persistent_kernel import DTYPES
+from tri_mpk.sharding import Shard, load_generation_config, random_shard, read_shard, shard_model
 from tri_mpk.tuning import Tuning
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -32,6 +35,8 @@ def from_pretrained(
     policy: str = "static",
     progress: bool = True,
     profile: bool = False,
+    tensor_parallel: int | str = "auto",
+    reduce_dtype: torch.dtype | str = torch.float32,
     **hub: object,
 ) -> CausalLM:
     """A checkpoint, by its folder or its name on the Hugging Face hub.
@@ -46,11 +51,16 @@ def from_pretrained(
         policy: "static": each worker has a queue; "hybrid": workers take attention's tasks as these become ready;
             "dynamic": all tasks. The same tokens and bits; see docs/design.md for what is known about speed.
         profile: record when every task waits, runs and signals; `model.profile()` then tells of the last launch.
+        tensor_parallel: "auto": all ranks of torch.distributed, or of torchrun, each with its part of the model; 1: the
+            whole model here. On several ranks, all of them make the same calls.
+        reduce_dtype: in which ranks send each other what they add to the residual stream, itself in fp32. bfloat16 is
+            half the traffic and as accurate as the same sum in transformers.
         hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
 
     Raises: CheckpointError, UnsupportedModelError, DeviceError, ValueError.
     """
-    device = resolve_device(device)
+    rank, world_size = resolve_world(tensor_parallel)
+    device = resolve_device(rank_device() if device is None and world_size > 1 else device)
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
@@ -62,6 +72,23 @@ def from_pretrained(
         raise CheckpointError(f"cannot read the config of {name_or_path}: {error}") from error
     dtype = resolve_dtype(dtype, device, config)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    others = {
+        "max_seq_len": max_seq_len, "num_workers": num_workers, "wait_bound_s": wait_bound_s, "tuning": tuning,
+        "policy": policy, "progress": progress, "profile": profile, "reduce_dtype": reduce_dtype,
+    }  # fmt: skip
+    if world_size > 1:
+        shard = Shard(config, rank, world_size)
+        check_memory(shard.local_config(), describe(config, max_seq_len), dtype, device, max_seq_len)
+        try:
+            model = read_shard(name_or_path, shard, dtype, device, **hub)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError | CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot load the weights of {name_or_path}: {error}. Is a file missing or cut short?"
+            ) from error
+        load_generation_config(name_or_path, model, **hub)
+        return _from_local(model, shard, dtype, device, **others)
     check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -82,10 +109,7 @@ def from_pretrained(
             f"{name_or_path}: {key} has shape {tuple(found)}, but the config asks for {tuple(wanted)};"
             " config.json and the weights do not belong together"
         )
-    return from_model(
-        model, device=device, max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s,
-        tuning=tuning, policy=policy, progress=progress, profile=profile,
-    )  # fmt: skip
+    return from_model(model, device=device, tensor_parallel=1, **others)
 
 
 def from_model(
@@ -100,16 +124,46 @@ def from_model(
     policy: str = "static",
     progress: bool = True,
     profile: bool = False,
+    tensor_parallel: int | str = "auto",
+    reduce_dtype: torch.dtype | str = torch.float32,
 ) -> CausalLM:
     """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be):
     the model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
     """
     if model.config.model_type not in FAMILIES:
         describe(model.config, 1)
+    rank, world_size = resolve_world(tensor_parallel)
+    if world_size > 1 and device is None and model.device.type in ("cpu", "meta"):
+        device = rank_device()
     device = resolve_device(model.device if device is None and model.device.type != "meta" else device)
     dtype = resolve_dtype(dtype or (model.dtype if device.type != "cpu" else None), device, model.config)
     max_seq_len = resolve_max_seq_len(max_seq_len, model.config)
     describe(model.config, max_seq_len)
+    shard = None
+    if world_size > 1:
+        shard = Shard(model.config, rank, world_size)
+        model = shard_model(model, shard, dtype, device)
+    return _from_local(
+        model, shard, dtype, device, max_seq_len, num_workers, wait_bound_s, tuning, policy, progress, profile,
+        reduce_dtype,
+    )  # fmt: skip
+
+
+def _from_local(
+    model: nn.Module,
+    shard: Shard | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    num_workers: int | None,
+    wait_bound_s: float,
+    tuning: Tuning | None,
+    policy: str,
+    progress: bool,
+    profile: bool,
+    reduce_dtype: torch.dtype | str,
+) -> CausalLM:
+    """A model whose weights are all that this rank needs: the whole model, or a shard."""
     model = model.to(device).requires_grad_(False).eval()
     for name, weight in model.named_parameters():
         weight.data = weight.data.to(dtype)  # parameters only: the rotary module's frequencies must stay in fp32
@@ -117,7 +171,13 @@ def from_model(
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged or overflows {dtype}"
             )
-    return CausalLM(model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning, policy)
+    if isinstance(reduce_dtype, str):
+        reduce_dtype = getattr(torch, reduce_dtype, reduce_dtype)
+    if reduce_dtype not in DTYPES:
+        raise ValueError(f"reduce_dtype={reduce_dtype} is not supported; choose one of {', '.join(map(str, DTYPES))}")
+    return CausalLM(
+        model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning, policy, shard, reduce_dtype
+    )
 
 
 def from_config(
@@ -133,15 +193,21 @@ def from_config(
     policy: str = "static",
     progress: bool = True,
     profile: bool = False,
+    tensor_parallel: int | str = "auto",
+    reduce_dtype: torch.dtype | str = torch.float32,
 ) -> CausalLM:
-    """Random weights, made on the device: for benchmarks and tests."""
-    device = resolve_device(device)
+    """Random weights, made on the device: for benchmarks and tests. Ranks have parts of the same model."""
+    rank, world_size = resolve_world(tensor_parallel)
+    device = resolve_device(rank_device() if device is None and world_size > 1 else device)
     dtype = resolve_dtype(dtype, device, config)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
-    check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
-    return from_model(
-        random_model(config, seed, dtype, device), max_seq_len=max_seq_len, num_workers=num_workers,
-        wait_bound_s=wait_bound_s, tuning=tuning, policy=policy, progress=progress, profile=profile,
+    shard = Shard(config, rank, world_size) if world_size > 1 else None
+    local = config if shard is None else shard.local_config()
+    check_memory(local, describe(local, max_seq_len), dtype, device, max_seq_len)
+    model = random_model(config, seed, dtype, device) if shard is None else random_shard(shard, seed, dtype, device)
+    return _from_local(
+        model, shard, dtype, device, max_seq_len, num_workers, wait_bound_s, tuning, policy, progress, profile,
+        reduce_dtype,
     )  # fmt: skip
 
 
@@ -154,19 +220,24 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
 def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Matrices are normal with the variance that keeps activations at one, norms are near one, biases small."""
     model = empty_model(config, dtype)
+    weights = random_weights(model, seed, device)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its buffers were empty too
-    generator = torch.Generator(device).manual_seed(seed)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            weight.data.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
-        else:
-            weight.data.normal_(0.0, 0.02, generator=generator)
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.weight.data.add_(1.0)
+    for weight, (_, values) in zip(model.parameters(), weights, strict=True):
+        weight.data.copy_(values)
     model.tie_weights()
     return model.eval()
+
+
+def random_weights(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every parameter of a model, in order, one after another."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()]
+    norms = {f"{name}.weight" for name, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    for name, shape, dtype in shapes:
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        weight.normal_(0.0, shape[1] ** -0.5 if len(shape) == 2 else 0.02, generator=generator)
+        yield name, weight.add_(1.0) if name in norms else weight
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

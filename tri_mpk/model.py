@@ -13,12 +13,14 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tri_mpk.distributed import Ranks, connect
 from tri_mpk.generation import check_input_ids, resolve
 from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
+from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
 from tri_mpk.tuning_store import find_tuning
 
@@ -46,8 +48,10 @@ class CausalLM:
         profile: bool = False,
         tuning: Tuning | None = None,
         policy: str = "static",
+        shard: Shard | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ):
-        self.config: PreTrainedConfig = model.config
+        self.config: PreTrainedConfig = model.config if shard is None else shard.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
         self.device = device
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
@@ -59,7 +63,17 @@ class CausalLM:
         self.tuning_source = "cost model" if tuning is None else "given"
         if tuning is None and device.type == "cuda":
             tuning, self.tuning_source = find_tuning(find_profile(device)[0], self.shape, self.dtype, num_workers)
+        self.shard = shard
+        rank, world_size = (0, 1) if shard is None else (shard.rank, shard.world_size)
+        self.ranks: Ranks | None = None
+        if world_size > 1 and device.type != "meta":
+            self.ranks = connect(world_size, rank, device)
+            facts = {"config": self.config.to_json_string(), "dtype": str(self.dtype), "max_seq_len": max_seq_len}
+            self.ranks.agree("the models of the ranks", facts)
         self.kernel = PersistentKernel(
+            world_size,
+            rank,
+            ranks=self.ranks,
             num_workers=num_workers,
             meta_tensors=[step, tokens],
             wait_bound_s=wait_bound_s,
@@ -67,7 +81,8 @@ class CausalLM:
             tuning=tuning,
             policy=policy,
         )
-        build(self.kernel, self.shape, model, PAGE_SIZE, progress)
+        first_row = 0 if shard is None else shard.first_row
+        build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row, reduce_dtype)
         self._lock = threading.Lock()  # one launch at a time
 
     def compile(self) -> None:
@@ -151,6 +166,8 @@ class CausalLM:
             for _ in self._launch(prompt, LaunchRequest(length + 1, length - 1, logits=logits)):
                 raise AssertionError("a launch for logits chose a token")
             result = logits[None].clone() if self.device.type == "cpu" else logits[None]
+            if self.ranks is not None:
+                result = self.ranks.gather(result)
             runtime.free(logits)
         return CausalLMOutputWithPast(logits=result)
 

@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from tri_mpk.distributed import Ranks, connect
 from tri_mpk.errors import DeviceError
 from tri_mpk.gpu_profile import GpuProfile, find_profile
+from tri_mpk.ops.add_parts import ADD_PARTS
+from tri_mpk.ops.all_gather import ALL_GATHER
 from tri_mpk.ops.argmax import ARGMAX
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
@@ -19,10 +22,19 @@ from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
 from tri_mpk.ops.op import Op, OpCall, Policy, TensorHandle
+from tri_mpk.ops.rank_argmax import RANK_ARGMAX
+from tri_mpk.ops.rank_attention_output import RANK_ATTENTION_OUTPUT
+from tri_mpk.ops.rank_embedding import RANK_EMBEDDING
+from tri_mpk.ops.rank_linear import RANK_LINEAR
+from tri_mpk.ops.rank_lm_head import RANK_LM_HEAD
+from tri_mpk.ops.rank_rmsnorm_gated_linear import RANK_RMSNORM_GATED_LINEAR
+from tri_mpk.ops.rank_rmsnorm_linear import RANK_RMSNORM_LINEAR
 from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
+from tri_mpk.ops.stop_request import STOP_REQUEST
 from tri_mpk.program import Program, kernel_constants, plan
 from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime, shared_memory_limit
+from tri_mpk.scheduler.peers import MAX_RANKS
 from tri_mpk.tuning import Tuning, choose_tuning, largest_block_kv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +54,8 @@ class PersistentKernel:
         mpk(num_tokens=prompt_length, max_new_tokens=100)   # tokens[prompt_length:] is now filled in
 
     Args:
-        world_size, rank: as in torch.distributed. Only one GPU so far.
+        world_size, rank: as in torch.distributed. On several ranks every rank builds the same graph on its shards, and
+            layers meet in symmetric tensors. `compile` is then a collective call, and every launch too.
         num_workers: persistent programs; None: one per SM (on a CPU one process per core, 2 to 4).
         meta_tensors: `step` int32 [1], the position of the next token to process, and `tokens` int64 [max_seq_len] or
             [1, max_seq_len]. The kernel reads and writes both.
@@ -53,7 +66,8 @@ class PersistentKernel:
         policy: who decides which worker runs a task. "static": the host, before the launch. "dynamic": whichever worker
             is free takes the next task that has become ready. "hybrid": attention is dynamic, all else static. Layers
             have a `policy` of their own, "static" or "dynamic", which comes first. Where a matrix is dynamic, weights
-            do not come through rings.
+            do not come through rings. One rank only.
+        ranks: the connection to the other ranks; None: `compile` makes one from torch.distributed's world.
     """
 
     def __init__(
@@ -67,11 +81,16 @@ class PersistentKernel:
         profile: bool = False,
         tuning: Tuning | None = None,
         policy: str = "static",
+        ranks: Ranks | None = None,
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not supported; choose one of {', '.join(POLICIES)}")
-        if (world_size, rank) != (1, 0):
-            raise NotImplementedError(f"world_size={world_size}, rank={rank}: only world_size=1, rank=0 runs so far")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+        if world_size > MAX_RANKS:
+            raise NotImplementedError(f"world_size={world_size} is not supported; at most {MAX_RANKS} ranks are")
+        if world_size > 1 and policy != "static":
+            raise NotImplementedError(f"policy={policy!r} is not supported on several ranks so far; leave it out")
         if len(meta_tensors) != 2:
             raise ValueError(f"meta_tensors must be [step, tokens], got {len(meta_tensors)} tensors")
         step, tokens = meta_tensors
@@ -88,6 +107,7 @@ class PersistentKernel:
         if not wait_bound_s > 0:
             raise ValueError(f"wait_bound_s={wait_bound_s} must be positive")
         self.device = tokens.device
+        self.world_size, self.rank, self.ranks = world_size, rank, ranks
         if tuning is not None:
             num_workers = tuning.num_workers
         check_capability(self.device)
@@ -123,10 +143,16 @@ class PersistentKernel:
         return self._add(TensorHandle(name, tuple(tensor.shape), tensor.dtype, tensor))
 
     def new_tensor(self, dims: tuple[int, ...], dtype: torch.dtype, name: str, symmetric: bool = False) -> TensorHandle:
-        """A tensor for values between ops, allocated by `compile`."""
-        if symmetric:
-            raise NotImplementedError(f"{name}: symmetric tensors come with several GPUs; pass symmetric=False")
-        return self._add(TensorHandle(name, tuple(dims), dtype))
+        """A tensor for values between ops, allocated by `compile`.
+
+        `symmetric`: it exists on every rank, at an address that all ranks know; dims [world_size, N]. Layers whose
+        output it is write row `rank` of it on all ranks.
+        """
+        if symmetric and self.world_size == 1:
+            raise ValueError(f"{name}: there is no other rank; pass symmetric=False")
+        if symmetric and (len(dims) != 2 or dims[0] != self.world_size):
+            raise ValueError(f"{name}: a symmetric tensor has dims (world_size={self.world_size}, N), got {dims}")
+        return self._add(TensorHandle(name, tuple(dims), dtype, symmetric=symmetric))
 
     def _add(self, handle: TensorHandle) -> TensorHandle:
         if handle.name in self.tensors:
@@ -164,10 +190,19 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        first_row: int = 0,
     ) -> None:
-        """output [D] fp32 = weight[tokens[step]], weight [V, D]."""
-        _check_dims("embed_layer", output, "output", (weight.dims[1],))
+        """output [D] fp32 = weight[tokens[step]], weight [V, D].
+
+        `weight` may hold the rows from `first_row` on only: then `output` is symmetric, [world_size, D], and the rows
+        of ranks that do not have this token become zeros.
+        """
         tensors = {"tokens": input or self.tokens, "weight": weight, "output": output}
+        if output.symmetric:
+            _check_dims("embed_layer", output, "output", (self.world_size, weight.dims[1]))
+            self._call(RANK_EMBEDDING, label, grid_dim, policy, tensors, rank=self.rank, first_row=first_row)
+            return
+        _check_dims("embed_layer", output, "output", (weight.dims[1],))
         self._call(EMBEDDING, label, grid_dim, policy, tensors)
 
     def rmsnorm_linear_layer(
@@ -182,8 +217,14 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        parts: TensorHandle | None = None,
+        total: TensorHandle | None = None,
     ) -> None:
-        """output [N] = weight_linear [N, D] @ rmsnorm(input [D]) + bias [N]."""
+        """output [N] = weight_linear [N, D] @ rmsnorm(input [D]) + bias [N].
+
+        With `parts` (symmetric, [world_size, D]) the input is input + parts[0] + parts[1] + ..., and `total` [D] fp32
+        becomes that.
+        """
         num_rows, hidden_size = _matrix("rmsnorm_linear_layer", weight_linear)
         _check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
         _check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
@@ -191,7 +232,26 @@ class PersistentKernel:
         if bias:
             _check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "output": output}
-        self._call(RMSNORM_LINEAR, label, grid_dim, policy, tensors | {"bias": bias}, eps=eps)
+        op, sum = self._of_sum("rmsnorm_linear_layer", RMSNORM_LINEAR, RANK_RMSNORM_LINEAR, input, parts, total)
+        self._call(op, label, grid_dim, policy, tensors | {"bias": bias} | sum, eps=eps)
+
+    def _of_sum(
+        self,
+        layer: str,
+        op: Op,
+        rank_op: Op,
+        input: TensorHandle,
+        parts: TensorHandle | None,
+        total: TensorHandle | None,
+    ) -> tuple[Op, dict[str, TensorHandle]]:
+        """The form of an op for an input that may come in parts, and the tensors of that."""
+        if (parts is None) != (total is None):
+            raise ValueError(f"{layer}: parts and total go together, got parts={parts}, total={total}")
+        if parts is None:
+            return op, {}
+        _check_symmetric(layer, parts, "parts", (self.world_size, *input.dims))
+        _check_dims(layer, total, "total", input.dims)
+        return rank_op, {"parts": parts, "total": total}
 
     def rmsnorm_gated_linear_layer(
         self,
@@ -205,15 +265,46 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        parts: TensorHandle | None = None,
+        total: TensorHandle | None = None,
     ) -> None:
-        """output [N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input [D]), weights [N, D]."""
+        """output [N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input [D]), weights [N, D].
+
+        `parts` and `total` as in rmsnorm_linear_layer.
+        """
         num_rows, hidden_size = _matrix("rmsnorm_gated_linear_layer", weight_gate)
         _check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
         _check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
         _check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
         _check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_gate": weight_gate, "weight_up": weight_up}
-        self._call(RMSNORM_GATED_LINEAR, label, grid_dim, policy, tensors | {"output": output}, eps=eps)
+        op, sum = self._of_sum(
+            "rmsnorm_gated_linear_layer", RMSNORM_GATED_LINEAR, RANK_RMSNORM_GATED_LINEAR, input, parts, total
+        )
+        self._call(op, label, grid_dim, policy, tensors | {"output": output} | sum, eps=eps)
+
+    def linear_layer(
+        self,
+        *,
+        input: TensorHandle,
+        weight: TensorHandle,
+        output: TensorHandle,
+        bias: TensorHandle | None = None,
+        grid_dim: int | None = None,
+        label: str | None = None,
+        policy: str | None = None,
+    ) -> None:
+        """output[rank] [N] on all ranks = weight [N, K] @ input [K] + bias [N]; `output` is symmetric.
+
+        The parts of a layer whose columns are shared out. A bias belongs to one rank.
+        """
+        num_rows, k = _matrix("linear_layer", weight)
+        _check_dims("linear_layer", input, "input", (k,))
+        _check_symmetric("linear_layer", output, "output", (self.world_size, num_rows))
+        if bias:
+            _check_dims("linear_layer", bias, "bias", (num_rows,))
+        tensors = {"input": input, "weight": weight, "output": output, "bias": bias}
+        self._call(RANK_LINEAR, label, grid_dim, policy, tensors, rank=self.rank)
 
     def linear_with_residual_layer(
         self,
@@ -316,14 +407,17 @@ class PersistentKernel:
         *,
         input: tuple[TensorHandle, TensorHandle],
         weight: TensorHandle,
-        residual: TensorHandle,
         output: TensorHandle,
+        residual: TensorHandle | None = None,
         bias: TensorHandle | None = None,
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
     ) -> None:
-        """output [N] fp32 = residual [N] fp32 + weight [N, H * Dh] @ merged parts [H * Dh] + bias [N]."""
+        """output [N] fp32 = residual [N] fp32 + weight [N, H * Dh] @ merged parts [H * Dh] + bias [N].
+
+        Without `residual`, `output` is symmetric, as in linear_layer.
+        """
         num_rows, k = _matrix("attention_output_layer", weight)
         num_heads = _check_parts("attention_output_layer", "input", input)
         if num_heads * input[0].dims[-1] != k:
@@ -331,12 +425,20 @@ class PersistentKernel:
                 f"attention_output_layer: weight has {k} columns, but input has {num_heads} heads of"
                 f" {input[0].dims[-1]}; they must agree"
             )
-        _check_dims("attention_output_layer", residual, "residual", (num_rows,))
-        _check_dims("attention_output_layer", output, "output", (num_rows,))
         if bias:
             _check_dims("attention_output_layer", bias, "bias", (num_rows,))
         tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
         split_tokens = self._tuned(num_heads, input[0].dims[-1]).split_tokens
+        if residual is None:
+            _check_symmetric("attention_output_layer", output, "output", (self.world_size, num_rows))
+            del tensors["residual"]
+            self._call(
+                RANK_ATTENTION_OUTPUT, label, grid_dim, policy, tensors | {"bias": bias},
+                split_tokens=split_tokens, rank=self.rank,
+            )  # fmt: skip
+            return
+        _check_dims("attention_output_layer", residual, "residual", (num_rows,))
+        _check_dims("attention_output_layer", output, "output", (num_rows,))
         self._call(ATTENTION_OUTPUT, label, grid_dim, policy, tensors | {"bias": bias}, split_tokens=split_tokens)
 
     def lm_head_layer(
@@ -350,8 +452,14 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        parts: TensorHandle | None = None,
+        first_row: int = 0,
     ) -> None:
-        """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): `output`, [num_tasks]."""
+        """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): `output`, [num_tasks].
+
+        With `parts` (as in rmsnorm_linear_layer) the weights are the rows of the vocabulary from `first_row` on, and
+        `output` is symmetric, [world_size, num_tasks].
+        """
         vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
         _check_dims("lm_head_layer", input, "input", (hidden_size,))
         _check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
@@ -360,6 +468,15 @@ class PersistentKernel:
         self.vocab_size = vocab_size
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear}
         best = {"best_value": best_value, "best_index": best_index}
+        if parts is not None:
+            _check_symmetric("lm_head_layer", parts, "parts", (self.world_size, hidden_size))
+            for tensor in output:
+                _check_symmetric("lm_head_layer", tensor, "output", (self.world_size, tensor.dims[-1]))
+            self._call(
+                RANK_LM_HEAD, label, grid_dim, policy, tensors | best | {"parts": parts},
+                eps=eps, rank=self.rank, first_row=first_row,
+            )  # fmt: skip
+            return
         self._call(LM_HEAD, label, grid_dim, policy, tensors | best, eps=eps)
 
     def argmax_layer(
@@ -369,10 +486,49 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        asked: TensorHandle | None = None,
     ) -> None:
-        """The most likely token goes to tokens[step + 1], and the step ends. `input` is lm_head_layer's output."""
+        """The most likely token goes to tokens[step + 1], and the step ends. `input` is lm_head_layer's output.
+
+        On several ranks `asked` is stop_request_layer's output.
+        """
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
-        self._call(ARGMAX, label, grid_dim, policy, tensors)
+        if (asked is None) != (self.world_size == 1):
+            raise ValueError("argmax_layer: it needs asked=, what hosts ask for, on several ranks and only there")
+        if asked is None:
+            self._call(ARGMAX, label, grid_dim, policy, tensors)
+        else:
+            self._call(RANK_ARGMAX, label, grid_dim, policy, tensors | {"asked": asked})
+
+    def stop_request_layer(self, *, output: TensorHandle, label: str | None = None) -> None:
+        """Whether the hosts ask to stop, told to all ranks: `output` int32, symmetric, [world_size, 1]."""
+        _check_symmetric("stop_request_layer", output, "output", (self.world_size, 1))
+        self._call(STOP_REQUEST, label, None, None, {"output": output}, rank=self.rank)
+
+    def all_gather_layer(
+        self, *, input: TensorHandle, output: TensorHandle, grid_dim: int | None = None, label: str | None = None
+    ) -> None:
+        """output[rank] = input [N], on all ranks; `output` is symmetric, [world_size, N]. For all_reduce_layer, or for
+        layers that add up parts themselves.
+        """
+        _check_symmetric("all_gather_layer", output, "output", (self.world_size, input.numel))
+        self._call(ALL_GATHER, label, grid_dim, None, {"input": input, "output": output}, rank=self.rank)
+
+    def add_parts_layer(
+        self, *, input: TensorHandle, output: TensorHandle, grid_dim: int | None = None, label: str | None = None
+    ) -> None:
+        """output [N] = input[0] + input[1] + ..., `input` symmetric, [world_size, N]."""
+        _check_symmetric("add_parts_layer", input, "input", (self.world_size, output.numel))
+        self._call(ADD_PARTS, label, grid_dim, None, {"input": input, "output": output})
+
+    def all_reduce_layer(
+        self, *, input: TensorHandle, output: TensorHandle, grid_dim: int | None = None, label: str | None = None
+    ) -> None:
+        """output [N] = the sum of all ranks' input [N], in the order of the ranks, so that all have the same bits."""
+        label = label or f"all_reduce_{len(self.calls)}"
+        parts = self.new_tensor((self.world_size, input.numel), input.dtype, f"{output.name}.parts", symmetric=True)
+        self.all_gather_layer(input=input, output=parts, grid_dim=grid_dim, label=f"{label} gather")
+        self.add_parts_layer(input=parts, output=output, grid_dim=grid_dim, label=f"{label} sum")
 
     def op_layer(
         self,
@@ -392,7 +548,7 @@ class PersistentKernel:
     def plan(self) -> Program:
         """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
         if self.program is None:
-            if not any(call.op is ARGMAX for call in self.calls):
+            if not any(call.op in (ARGMAX, RANK_ARGMAX) for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
             weights = [
                 t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
@@ -410,9 +566,9 @@ class PersistentKernel:
             tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
             constants = kernel_constants(
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
-                self.profile, bool(dynamic), tuning.deferred_slots,
+                self.profile, bool(dynamic), tuning.deferred_slots, self.world_size,
             )  # fmt: skip
-            self.program = plan(self.calls, self.tensors, tuning, constants)
+            self.program = plan(self.calls, self.tensors, tuning, constants, self.rank)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
 
@@ -424,9 +580,11 @@ class PersistentKernel:
         if self.runtime is not None:
             return
         program = self.plan()
-        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s)
+        if self.world_size > 1 and self.ranks is None:
+            self.ranks = connect(self.world_size, self.rank, self.device)
+        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s, self.ranks)
         if self.device.type == "cuda":
-            self.runtime = CudaRuntime(*common, self.device)
+            self.runtime = CudaRuntime(*common, cuda_device=self.device)
         elif self.device.type == "cpu":
             self.runtime = InterpreterRuntime(*common)
         else:
@@ -491,6 +649,12 @@ def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
 def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
     if tensor.dims != dims:
         raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")
+
+
+def _check_symmetric(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
+    _check_dims(layer, tensor, argument, dims)
+    if not tensor.symmetric:
+        raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric: new_tensor(..., symmetric=True)")
 
 
 def _check_parts(

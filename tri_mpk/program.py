@@ -19,6 +19,7 @@ from tri_mpk.scheduler.device import SHARED_BYTES
 from tri_mpk.scheduler.events import derive_events
 from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
 from tri_mpk.scheduler.queues import schedule
+from tri_mpk.scheduler.ranks import derive_rank_events, symmetric_info, verify_ranks, waits_for_ranks
 from tri_mpk.scheduler.verify import Report, verify
 from tri_mpk.tuning import Tuning
 
@@ -45,6 +46,7 @@ class Program:
     counters: CounterLayout
     source: str
     seconds: float  # that planning took
+    rank: int = 0
 
     @property
     def num_workers(self) -> int:
@@ -55,10 +57,20 @@ class Program:
             self.graph,
             self.events,
             self.schedule,
-            task_words((v.op for v in self.variants), self.constants.profile),
+            task_words((v.op for v in self.variants), self.constants.profile, self.num_ranks),
             [field_names(v.op) for v in self.variants],
             {name: tensor.dtype.itemsize for name, tensor in self.tensors.items()},
+            self.rank,
+            self.num_ranks,
         )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.constants.ranks
+
+    @property
+    def symmetric_tensors(self) -> list[TensorHandle]:
+        return [tensor for tensor in self.tensors.values() if tensor.symmetric]
 
 
 def kernel_constants(
@@ -69,13 +81,15 @@ def kernel_constants(
     profile: bool = False,
     pools: bool = False,
     deferred_slots: int = 0,
+    ranks: int = 1,
 ) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
+    deferred_slots = deferred_slots if ring else 0
     return KernelConstants(
-        weight_dtype, ring, block_n, block_k, portable, profile, pools, 0, deferred_slots if ring else 0
+        weight_dtype, ring, block_n, block_k, portable, profile, pools, deferred_slots=deferred_slots, ranks=ranks
     )
 
 
@@ -123,7 +137,13 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 @without_garbage_collection()
-def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, constants: KernelConstants) -> Program:
+def plan(
+    calls: list[OpCall],
+    tensors: dict[str, TensorHandle],
+    tuning: Tuning,
+    constants: KernelConstants,
+    rank: int = 0,
+) -> Program:
     """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
     started = time.perf_counter()
     machine = Machine(tuning.num_workers, constants.block_n, tuning.slot_bytes if constants.ring else 0)
@@ -143,14 +163,32 @@ def plan(calls: list[OpCall], tensors: dict[str, TensorHandle], tuning: Tuning, 
         graph.tasks += cut.tasks
         graph.values |= cut.values
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
-    events = derive_events(graph)
+    num_ranks = constants.ranks
+    graph.tensors |= {name: symmetric_info(num_ranks, t.numel) for name, t in tensors.items() if t.symmetric}
+    events = derive_events(graph) if num_ranks == 1 else derive_rank_events(graph, num_ranks)
     dynamic = [op for op, call in enumerate(calls) if call.policy is Policy.DYNAMIC]
     queues = schedule(graph, events, tuning.num_workers, dynamic)
-    report = verify(graph, events, queues)
+    if num_ranks == 1:
+        report = verify(graph, events, queues)
+    else:
+        check_waits(graph, events, list(variants))
+        report = verify_ranks(graph, events, queues, num_ranks)
     counters = CounterLayout(events, queues, graph.values)
     if constants.ring:
         rows = max((2 * task.stream.slot_rows * task.stream.cols for task in graph.tasks if task.stream), default=1)
         constants = replace(constants, slot_bytes=-(-rows // 128) * 128)
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
-    return Program(graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds)
+    return Program(
+        graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds, rank
+    )
+
+
+def check_waits(graph: TaskGraph, events: Events, variants: list[Variant]) -> None:
+    """Signals of other ranks are seen only by tile functions that look for them."""
+    for index, task in enumerate(graph.tasks):
+        if waits_for_ranks(graph, events, index) and not variants[task.variant].op.waits_for_ranks:
+            raise ValueError(
+                f"{graph.task_name(index)} depends on tasks of other ranks, but {variants[task.variant].op.name} does"
+                " not wait for them; let it read symmetric tensors through a layer that adds up their parts"
+            )

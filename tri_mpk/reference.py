@@ -78,9 +78,20 @@ def reference_logits(
 
 
 def decode_layer(
-    x: Tensor, idx: int, layer: LayerWeights, shape: Shape, cos: Tensor, sin: Tensor, attend: Attend
+    x: Tensor,
+    idx: int,
+    layer: LayerWeights,
+    shape: Shape,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """One layer for one token: x [1, D] -> [1, D]. `attend` returns [1, H, 1, head_dim]."""
+    """One layer for one token: x [1, D] -> [1, D]. `attend` returns [1, H, 1, head_dim].
+
+    `reduce`: adds up what several ranks have, each for its part of the heads and of the intermediate size.
+    """
+    reduce = reduce or (lambda part: part)
     heads, kv_heads, dh, ff, eps = shape
     y = rms_norm(x, layer.attention_norm, eps)
     q, k, v = project(y, layer.qkv, (heads * dh, kv_heads * dh, kv_heads * dh))
@@ -88,10 +99,10 @@ def decode_layer(
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
     out = attend(idx, rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x = x + F.linear(out.reshape(1, heads * dh), *layer.o)
+    x = x + reduce(F.linear(out.reshape(1, heads * dh), *layer.o))
 
     gate, up = project(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, (ff, ff))
-    return x + F.linear(F.silu(gate) * up, *layer.down)
+    return x + reduce(F.linear(F.silu(gate) * up, *layer.down))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from triton.compiler import CompiledKernel, make_backend
 
+from tri_mpk.distributed import Ranks, symmetric_heap
 from tri_mpk.errors import DeviceError, WorkerDiedError
 from tri_mpk.generator import import_source, write_source
 from tri_mpk.gpu_profile import device_properties
@@ -30,14 +32,15 @@ from tri_mpk.ops import argmax
 from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler import timing
-from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues
+from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues, heap_name
 from tri_mpk.scheduler.watchdog import wrap_int32
 from tri_mpk.shared_memory import SharedMemory
-from tri_mpk.watchdog import differing_tasks, timeout_error
+from tri_mpk.watchdog import differing_tasks, stuck_text, timeout_error
 
 CONTROL_WORDS = words.CONTROL_RECORDS.value
 ARENA_BYTES = 2 << 20  # one page of a GPU's memory
 MAX_EOS = 32
+HEAP_ALIGN = 256  # bytes
 RECORDED_STEPS = 32  # a profiled kernel keeps the time stamps of so many steps, the last ones of a launch
 MAILBOX_STOP = argmax.MAILBOX_STOP.value
 MAILBOX_NUM_TOKENS = argmax.MAILBOX_NUM_TOKENS.value
@@ -58,8 +61,20 @@ class LaunchRequest:
 class Runtime:
     """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
 
-    def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
+    LEAVE_BOUND_S = 2.0  # so long, and the wait bound, ranks have to leave a launch that another one has given up
+
+    def __init__(
+        self,
+        program: Program,
+        vocab_size: int,
+        max_new_tokens: int,
+        wait_bound_s: float,
+        ranks: Ranks | None = None,
+    ):
         self.program = program
+        self.ranks = ranks  # None: there is only this one
+        self.out_of_step = False  # counters do not stand where all ranks expect them
+        self.failure = ""  # of the last launch, for other ranks
         self.vocab_size = vocab_size
         self.wait_bound_s = wait_bound_s
         self.max_new_tokens = max_new_tokens
@@ -69,13 +84,32 @@ class Runtime:
         self.num_launches = 0
         self.last_steps = range(0)  # positions that the last launch processed
         self.absent: set[int] = set()  # workers that did not leave the last launch
+        if ranks is not None:
+            ranks.agree("the kernels of the ranks", {"kernel": self.source_path.name, "tuning": str(program.tuning)})
 
     def _allocate_state(self) -> None:
-        self.events = self.near_empty((self.program.counters.size,), torch.int32)
+        if self.ranks is None:
+            self.events = self.near_empty((self.program.counters.size,), torch.int32)
+        else:
+            self._allocate_heap()
         self.set_epoch(1)
         num_records = RECORDED_STEPS * self.step_records if self.program.constants.profile else 0
         self.control = self.empty((CONTROL_WORDS + num_records * timing.RECORD_WORDS.value,), torch.int64)
         self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
+
+    def _allocate_heap(self) -> None:
+        """What other ranks reach: first the counters, then the symmetric tensors, at the same places on all ranks."""
+        self.heap_offsets = {}
+        size = -(-self.program.counters.size * 4 // HEAP_ALIGN) * HEAP_ALIGN
+        for tensor in self.program.symmetric_tensors:
+            self.heap_offsets[tensor.name] = size
+            size += -(-tensor.numel * tensor.dtype.itemsize // HEAP_ALIGN) * HEAP_ALIGN
+        self.heap = self.make_heap(size)
+        self.events = self.heap[: self.program.counters.size * 4].view(torch.int32)
+        for tensor in self.program.symmetric_tensors:
+            begin = self.heap_offsets[tensor.name]
+            flat = self.heap[begin : begin + tensor.numel * tensor.dtype.itemsize]
+            tensor.data = flat.view(tensor.dtype).view(tensor.dims)
 
     @property
     def step_records(self) -> int:
@@ -104,6 +138,9 @@ class Runtime:
         iterator is closed) the kernel is asked to stop, and has stopped when this returns.
         """
         assert len(request.eos_token_ids) <= MAX_EOS, request.eos_token_ids
+        if self.ranks is not None:
+            self._meet(request)
+        self.failure = ""
         control = torch.zeros(CONTROL_WORDS, dtype=torch.int64)
         control[words.CONTROL_FIRST_EPOCH.value] = self.next_epoch
         control[words.CONTROL_NUM_KNOWN.value] = request.num_known
@@ -142,13 +179,42 @@ class Runtime:
             self._check_outcome()
         yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
 
+    def _meet(self, request: LaunchRequest) -> None:
+        """All ranks are about to make the same launch, with counters that fit together."""
+        step = int(self.program.tensors["step"].data)
+        tokens = self.program.tensors["tokens"].data.view(-1)[: request.num_known].tolist()
+        self.settle()
+        facts = {
+            "the range of steps": (step, request.num_known, request.last_step),
+            "eos_token_ids": request.eos_token_ids,
+            "logits_from": (request.logits_from, request.logits is not None),
+            "the prompt": zlib.crc32(repr(tokens).encode()),
+        }
+        self.ranks.agree("a launch", facts)
+        epochs = self.ranks.meet("a launch", None if self.out_of_step else self.next_epoch)
+        if None in epochs or len(set(epochs)) > 1:
+            self.set_epoch(1)
+            self.settle()
+            self.ranks.meet("a fresh start")  # nobody signals before all have reset their counters
+        self.out_of_step = False
+
     def _check_outcome(self) -> None:
         control = self.control[:CONTROL_WORDS].cpu()
         self.last_steps = range(0)
+        outcome = f"launch {self.num_launches}"
+        if self.ranks is not None and not control[words.CONTROL_ABORT.value]:
+            self.ranks.say(outcome, self.failure)
         if control[words.CONTROL_ABORT.value]:
             counters = self.events.cpu()[: len(self.program.events.events) * EVENT_STRIDE : EVENT_STRIDE].tolist()
-            self.set_epoch(1)
-            raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
+            if self.ranks is None:
+                self.set_epoch(1)
+                raise timeout_error(self.program, control.tolist(), counters, self.damaged_tasks(), self.absent)
+            self.out_of_step = True  # other ranks may still signal; all reset their counters before the next launch
+            self.ranks.say(outcome, stuck_text(self.program, control.tolist(), counters))
+            silent, said = self.ranks.hear(outcome, self.LEAVE_BOUND_S + self.wait_bound_s)
+            said.pop(self.ranks.rank, None)
+            damaged = self.damaged_tasks()
+            raise timeout_error(self.program, control.tolist(), counters, damaged, self.absent, silent, said)
         first_epoch, self.next_epoch = self.next_epoch, wrap_int32(int(control[words.CONTROL_LAST_EPOCH.value]) + 1)
         first_step = int(control[words.CONTROL_FIRST_STEP.value])
         self.last_steps = range(first_step, first_step + wrap_int32(self.next_epoch - first_epoch))
@@ -159,6 +225,8 @@ class Runtime:
 
     # what the two kinds of device do differently
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+    def make_heap(self, num_bytes: int) -> torch.Tensor: ...
+    def settle(self) -> None: ...  # until what was written to the device is there
     def free(self, tensor: torch.Tensor) -> None: ...
     def host_empty(self, num_words: int) -> torch.Tensor: ...
     def wait_bound(self) -> int: ...
@@ -171,9 +239,16 @@ class CudaRuntime(Runtime):
     """One cooperative launch, one program per SM, on the current stream."""
 
     def __init__(
-        self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float, cuda_device: torch.device
+        self,
+        program: Program,
+        vocab_size: int,
+        max_new_tokens: int,
+        wait_bound_s: float,
+        ranks: Ranks | None = None,
+        *,
+        cuda_device: torch.device,
     ):
-        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
+        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s, ranks)
         self.device = cuda_device
         self.arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8, device=cuda_device)
         self.arena_used = 0
@@ -200,6 +275,13 @@ class CudaRuntime(Runtime):
         self.arena_used += -(-num_bytes // 256) * 256
         return self.arena[begin : begin + num_bytes].view(dtype).view(dims)
 
+    def make_heap(self, num_bytes: int) -> torch.Tensor:
+        heap, self.heap_addresses = symmetric_heap(num_bytes, self.device, self.ranks)
+        return heap
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
     def host_empty(self, num_words: int) -> torch.Tensor:
         return torch.zeros(num_words, dtype=torch.int64, pin_memory=True)
 
@@ -207,7 +289,10 @@ class CudaRuntime(Runtime):
         return int(self.wait_bound_s * 1e9)
 
     def _relocate(self, packed: PackedQueues) -> np.ndarray:
-        return packed.relocate({name: self.program.tensors[name].data.data_ptr() for name in packed.tensor_names})
+        addresses = {name: tensor.data.data_ptr() for name, tensor in self.program.tensors.items()}
+        if self.ranks is not None:
+            addresses |= {heap_name(rank): address for rank, address in enumerate(self.heap_addresses)}
+        return packed.relocate({name: addresses[name] for name in packed.tensor_names})
 
     def damaged_tasks(self) -> set[int]:
         return differing_tasks(self.program, self.queue.cpu().numpy(), self._relocate(self.program.pack()))
@@ -265,14 +350,24 @@ class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
+    RANK_POLLS_PER_SECOND = 1_000  # on several ranks, whose workers yield between polls
     worker_script = Path(__file__).with_name("_interpreter_worker.py")
-    LEAVE_BOUND_S = 10.0  # this and the wait bound without a signal after an abort: who is still here never leaves
+    LEAVE_BOUND_S = 10.0  # likewise workers: this and the wait bound without a signal, and they never leave
 
-    def __init__(self, program: Program, vocab_size: int, max_new_tokens: int, wait_bound_s: float):
-        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s)
+    def __init__(
+        self,
+        program: Program,
+        vocab_size: int,
+        max_new_tokens: int,
+        wait_bound_s: float,
+        ranks: Ranks | None = None,
+    ):
+        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s, ranks)
         self.device = torch.device("cpu")
         self.memory = SharedMemory()
         for tensor in program.tensors.values():
+            if tensor.symmetric:
+                continue
             if tensor.data is None:
                 tensor.data = self.empty(tensor.dims, tensor.dtype)
             self.memory.move(tensor.data)
@@ -283,6 +378,21 @@ class InterpreterRuntime(Runtime):
     def empty(self, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return self.memory.empty(dims, dtype)
 
+    def make_heap(self, num_bytes: int) -> torch.Tensor:
+        heap = self.memory.empty((num_bytes,), torch.uint8)
+        self.heaps = self.ranks.meet("the exchange of heaps", self.memory.locate(heap))
+        return heap
+
+    def _locate(self, name: str) -> tuple[str, int, int]:
+        """File, its size, and the first byte of a tensor or of another rank's heap."""
+        for rank in range(self.program.num_ranks):
+            if name == heap_name(rank):
+                return (*self.heaps[rank], 0)
+        tensor = self.program.tensors[name]
+        if tensor.symmetric:
+            return (*self.heaps[self.ranks.rank], self.heap_offsets[name])
+        return (*self.memory.locate(tensor.data), 0)
+
     def free(self, tensor: torch.Tensor) -> None:
         self.memory.free(tensor)
 
@@ -290,7 +400,8 @@ class InterpreterRuntime(Runtime):
         return self.memory.empty((num_words,), torch.int64)
 
     def wait_bound(self) -> int:
-        return int(self.wait_bound_s * self.POLLS_PER_SECOND)
+        per_second = self.POLLS_PER_SECOND if self.ranks is None else self.RANK_POLLS_PER_SECOND
+        return int(self.wait_bound_s * per_second)
 
     def _start_workers(self) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -315,8 +426,9 @@ class InterpreterRuntime(Runtime):
         arguments = (self.events, self.control, tensors["step"].data, self.mailbox)
         message = {
             "what": "load",
+            "ranks": self.program.num_ranks,
             "source": str(self.source_path),
-            "tensors": [self.memory.locate(tensors[name].data) for name in packed.tensor_names],
+            "tensors": [self._locate(name) for name in packed.tensor_names],
             "words": torch.from_numpy(packed.words),
             "positions": torch.from_numpy(packed.positions),
             "indices": torch.from_numpy(packed.tensors).long(),
@@ -329,6 +441,8 @@ class InterpreterRuntime(Runtime):
         self.busy = set(range(len(self.workers)))
         while not self.finished(timeout=1.0):
             pass
+        if self.ranks is not None and self.num_launches == 0:
+            self.ranks.meet("the start of workers")  # until then heaps must be there to be opened
 
     def _send(self, process: subprocess.Popen, message: dict) -> None:
         try:
@@ -388,7 +502,9 @@ class InterpreterRuntime(Runtime):
         self._finalizer()
         self.stderr.seek(0)
         output = self.stderr.read().decode(errors="replace")[-2000:]
-        self.set_epoch(1)
+        if self.ranks is None:
+            self.set_epoch(1)
+        self.out_of_step, self.failure = True, "lost a worker process"
         self.control.zero_()  # else the end of this launch takes its last epoch from there
         self.workers = []
         raise WorkerDiedError(f"{reason}\n{output}".rstrip())

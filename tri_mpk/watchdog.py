@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -21,8 +21,13 @@ def timeout_error(
     counters: Sequence[int],
     damaged: Collection[int] = (),
     absent: Collection[int] = (),
+    silent_ranks: Sequence[int] = (),
+    said: Mapping[int, str] | None = None,
 ) -> MegakernelTimeout:
-    """The error for a launch that was aborted, with the control block and all event counters as it left them."""
+    """The error for a launch that was aborted, with the control block and all event counters as it left them.
+
+    `silent_ranks` did not leave the launch; `said` is what other ranks have to say about it.
+    """
     names = _Names(program)
     stuck = stuck_wait(program, control, counters, names.worker_of)
     first_epoch = control[words.CONTROL_FIRST_EPOCH.value]
@@ -35,6 +40,12 @@ def timeout_error(
         where["op"] = program.variants[task.variant].op.name
         where["layer"], _ = split_label(program.graph.ops[task.op])
         where["tile"] = task.tile
+    root_cause = names.root_cause(stuck, found)
+    if silent_ranks:
+        who = f"rank{'s' if len(silent_ranks) > 1 else ''} {', '.join(map(str, silent_ranks))}"
+        root_cause = f"{who} stopped or ended before the launch was over; here {root_cause}"
+    root_cause += "".join(f"; rank {rank} {text}" for rank, text in (said or {}).items())
+    several = {} if program.num_ranks == 1 else {"rank": program.rank, "silent_ranks": silent_ranks}
     return MegakernelTimeout(
         "the end of the step" if stuck.task is None else program.graph.task_name(stuck.task),
         stuck.worker,
@@ -42,9 +53,17 @@ def timeout_error(
         stuck.seen,
         stuck.wanted,
         chain=tuple(map(names.task, found.chain)),
-        root_cause=names.root_cause(stuck, found),
+        root_cause=root_cause,
         **where,
+        **several,
     )
+
+
+def stuck_text(program: Program, control: Sequence[int], counters: Sequence[int]) -> str:
+    """For other ranks: the wait that was given up here."""
+    stuck = stuck_wait(program, control, counters, _Names(program).worker_of)
+    task = "the end of the step" if stuck.task is None else program.graph.task_name(stuck.task)
+    return f"gave up before {task}, where event {stuck.event} stood at {stuck.seen} of {stuck.wanted}"
 
 
 def stuck_wait(
@@ -74,6 +93,8 @@ class _Names:
 
     def task(self, task: int) -> str:
         where = f"worker {self.worker_of[task]}" if task in self.worker_of else "any worker"
+        if self.program.graph.tasks[task].to_all_ranks:
+            where += " of some rank"
         return f"{self.program.graph.task_name(task)} ({where})"
 
     def tasks(self, tasks: list[int]) -> str:
@@ -85,7 +106,7 @@ class _Names:
         if found.cause is Cause.STOPPED:
             return f"a worker that did not leave stopped before it had done {who}"
         if found.cause is Cause.LOST:
-            total = self.program.events.events[found.event].count  # every one of them signals, or somebody for it
+            total = self.program.events.totals()[found.event]
             lost = f"{found.missing} of {total} signals of event {found.event} never came"
             return f"{lost}, to be given by {'one of ' if len(found.suspects) > 1 else ''}{who}"
         if found.cause is Cause.LATE:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from tri_mpk.errors import UnsupportedModelError
+from tri_mpk.ops.op import TensorHandle
 from tri_mpk.persistent_kernel import PersistentKernel
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -100,8 +101,20 @@ def pack_rows(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | Non
     return packed[0], packed[1]
 
 
-def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_size: int, progress: bool) -> None:
-    """Adds the whole decode step of `model` (a transformers causal LM) to the graph."""
+def build(
+    mpk: PersistentKernel,
+    shape: DecoderShape,
+    model: nn.Module,
+    page_size: int,
+    progress: bool,
+    first_row: int = 0,
+    reduce_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Adds the whole decode step of `model` (a transformers causal LM) to the graph.
+
+    On several ranks `model` is this rank's part, with the vocabulary from `first_row` on. Vectors of the hidden size
+    then are a residual, the same on all ranks, and the parts that ranks have added to it since, in `reduce_dtype`.
+    """
     dtype = model.model.embed_tokens.weight.dtype
     device = mpk.device
     num_pages = -(-mpk.max_seq_len // page_size)
@@ -115,9 +128,25 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
     def attach_optional(tensor: torch.Tensor | None, name: str):
         return None if tensor is None else mpk.attach_input(tensor, name=name)
 
+    several = mpk.world_size > 1
+
+    def new_parts(name: str) -> TensorHandle | None:
+        """What each rank adds to the residual."""
+        if several:
+            return mpk.new_tensor((mpk.world_size, shape.hidden_size), reduce_dtype, name, symmetric=True)
+        return None
+
     embedding = mpk.attach_input(model.model.embed_tokens.weight, name="embed_tokens")
     x = mpk.new_tensor((shape.hidden_size,), torch.float32, name="x")
-    mpk.embed_layer(input=mpk.tokens, weight=embedding, output=x, label="embed")
+    parts_x, parts_attention = new_parts("parts_x"), new_parts("parts_attention")
+    mpk.embed_layer(
+        input=mpk.tokens, weight=embedding, output=parts_x if several else x, first_row=first_row, label="embed"
+    )
+    residual = x
+    if several:
+        residual = mpk.attach_input(torch.zeros(shape.hidden_size, device=device), name="zeros")
+        asked = mpk.new_tensor((mpk.world_size, 1), torch.int32, name="asked", symmetric=True)
+        mpk.stop_request_layer(output=asked, label="stop_request")
     # One of each for all layers: rewritten every few microseconds, they stay in the L2 cache and on one page of memory.
     qkv = mpk.new_tensor((qkv_size,), dtype, name="qkv")
     parts = mpk.new_attention_parts(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, dtype, name="attention")
@@ -127,7 +156,9 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
         at, name = layer.self_attn, f"L{i:02d}"
         weight, bias = pack_rows([at.q_proj, at.k_proj, at.v_proj])
         mpk.rmsnorm_linear_layer(
-            input=x,
+            input=residual,
+            parts=parts_x,
+            total=x if several else None,
             weight_norm=mpk.attach_input(layer.input_layernorm.weight, name=f"{name}.input_norm"),
             weight_linear=mpk.attach_input(weight, name=f"{name}.qkv_proj"),
             bias=attach_optional(bias, f"{name}.qkv_bias"),
@@ -158,12 +189,14 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             input=parts,
             weight=mpk.attach_input(at.o_proj.weight, name=f"{name}.o_proj"),
             bias=attach_optional(at.o_proj.bias, f"{name}.o_bias"),
-            residual=x,
-            output=x_attention,
+            residual=None if several else x,
+            output=parts_attention if several else x_attention,
             label=f"{name} o_proj",
         )
         mpk.rmsnorm_gated_linear_layer(
-            input=x_attention,
+            input=x if several else x_attention,
+            parts=parts_attention,
+            total=x_attention if several else None,
             weight_norm=mpk.attach_input(layer.post_attention_layernorm.weight, name=f"{name}.post_norm"),
             weight_gate=mpk.attach_input(layer.mlp.gate_proj.weight, name=f"{name}.gate_proj"),
             weight_up=mpk.attach_input(layer.mlp.up_proj.weight, name=f"{name}.up_proj"),
@@ -171,24 +204,30 @@ def build(mpk: PersistentKernel, shape: DecoderShape, model: nn.Module, page_siz
             eps=shape.eps,
             label=f"{name} gate_up",
         )
-        mpk.linear_with_residual_layer(
-            input=hidden,
-            weight=mpk.attach_input(layer.mlp.down_proj.weight, name=f"{name}.down_proj"),
-            residual=x_attention,
-            output=x,
-            label=f"{name} down_proj",
-        )
+        down = {
+            "input": hidden,
+            "weight": mpk.attach_input(layer.mlp.down_proj.weight, name=f"{name}.down_proj"),
+            "label": f"{name} down_proj",
+        }
+        if several:
+            mpk.linear_layer(output=parts_x, **down)
+            residual = x_attention
+        else:
+            mpk.linear_with_residual_layer(residual=x_attention, output=x, **down)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
+    dims = (mpk.world_size, mpk.num_workers) if several else (mpk.num_workers,)
     best = (
-        mpk.new_tensor((mpk.num_workers,), torch.float32, name="best_value"),
-        mpk.new_tensor((mpk.num_workers,), torch.int32, name="best_index"),
+        mpk.new_tensor(dims, torch.float32, name="best_value", symmetric=several),
+        mpk.new_tensor(dims, torch.int32, name="best_index", symmetric=several),
     )
     mpk.lm_head_layer(
-        input=x,
+        input=residual,
+        parts=parts_x,
+        first_row=first_row,
         weight_norm=mpk.attach_input(model.model.norm.weight, name="norm"),
         weight_linear=embedding if tied else mpk.attach_input(model.lm_head.weight, name="lm_head"),
         output=best,
         eps=shape.eps,
         label="lm_head",
     )
-    mpk.argmax_layer(input=best, label="argmax")
+    mpk.argmax_layer(input=best, asked=asked if several else None, label="argmax")

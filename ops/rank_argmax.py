@@ -1,0 +1,94 @@
+"""The second half of argmax on several ranks: each finds the same token among what all of them have pushed.
+
+best value, index [ranks, num_parts] read | asked [ranks] int32 read | tokens [max_seq_len] int64 written
+step [1] int32 written
+All ranks read the same numbers, so they agree on the token and on whether the step was the last one. The end of a step
+is signalled to all ranks: none begins the next one before all are done. Else as in argmax.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.argmax import publish_token
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.scheduler.device import (
+    CONTROL_EOS,
+    CONTROL_LAST_EPOCH,
+    CONTROL_LAST_STEP,
+    CONTROL_NUM_EOS,
+    CONTROL_NUM_KNOWN,
+    CONTROL_STOP,
+)
+from tri_mpk.scheduler.graph import Address, Task
+from tri_mpk.scheduler.peers import signal_ranks, wait_for_ranks
+
+
+@triton.jit
+def rank_argmax_tile(
+    task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
+    best_value_ptr, best_index_ptr, asked_ptr, tokens_ptr,  # in, in, in, out
+    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, ASKED_STRIDE: tl.constexpr, RANKS: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    parts = tl.arange(0, BLOCK)
+    eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
+    is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
+    num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
+    last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
+    wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
+    index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
+    best = tl.max(value, axis=0)
+    token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+    stop = step >= last_step
+    for rank in tl.static_range(RANKS):
+        stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
+    if step + 1 >= num_known:
+        tl.store(tokens_ptr + step + 1, token)
+        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
+        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
+    tl.store(step_ptr, step + 1)
+    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
+    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+    signal_ranks(task, event_ptr, RANKS, PORTABLE)
+
+
+def cut_rank_argmax(
+    machine: Machine,
+    *,
+    best_value: TensorHandle,
+    best_index: TensorHandle,
+    asked: TensorHandle,
+    tokens: TensorHandle,
+    grid_dim: int | None = None,
+) -> Cut:
+    if grid_dim not in (None, 1):
+        raise ValueError(f"argmax has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    tensors = {
+        "best_value_ptr": best_value, "best_index_ptr": best_index, "asked_ptr": asked, "tokens_ptr": tokens
+    }  # fmt: skip
+    num_ranks, parts_per_rank = best_value.dims
+    whole = ((0, num_ranks), (0, parts_per_rank))
+    num_parts = best_value.numel
+    task = Task(
+        op=0,
+        tile=(0,),
+        reads=(best_value.box(*whole), best_index.box(*whole), asked.box((0, num_ranks), (0, 1))),
+        writes=(tokens.whole(),),
+        cost_bytes=8 * num_parts,
+        fields={name: Address(tensor.name) for name, tensor in tensors.items()},
+        to_all_ranks=True,
+    )
+    constants = {"NUM_PARTS": num_parts, "BLOCK": next_power_of_2(num_parts), "ASKED_STRIDE": asked.dims[1]}
+    return Cut(constants, tensors, [task])
+
+
+def rank_argmax_torch(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of all ranks, one after another."""
+    return logits.argmax(-1)
+
+
+RANK_ARGMAX = Op("argmax", rank_argmax_tile, cut_rank_argmax, rank_argmax_torch, waits_for_ranks=True)

@@ -1,0 +1,113 @@
+"""Kernels on several ranks: the events of one rank's graph, and the proof over all ranks together.
+
+All ranks run the same graph, each on its shard: task t of one rank has a counterpart t on every other. They meet in
+symmetric tensors, whose first coordinate is the rank that writes it. A task that *pushes* writes its own rank's part
+on every rank, and its signals go to the events of all ranks (`Task.to_all_ranks`), so an event counts its counterparts'
+signals too:
+
+    rank 0   o_proj t0 ──┬─ event 7 of rank 0 ── gate_up t0 ...     reads parts[0:2]
+    rank 1   o_proj t0 ──┴─ event 7 of rank 1 ── gate_up t0 ...     count: 2 for each task that pushes
+
+Events are derived from one rank's graph, in which a task that pushes stands for its counterparts: it writes the parts
+of all ranks. That says who waits for whom; it is not trusted. What is proved is the graph of all ranks (`join`): every
+rank's tasks, tensors, events and queues under names of their own, and signals where the kernel sends them.
+
+The step event gets the same signals on every rank, all of them from tasks that signal to all ranks. So in the proof it
+is one event, and a rank begins a step only when all ranks are done with the last one: nobody can run into another's
+data, however much faster it is, and no buffer has to alternate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .errors import MalformedScheduleError
+from .events import derive_events
+from .graph import MAX_SIGNALS, STEP_EVENT, Event, Events, Region, Schedule, Task, TaskGraph, TensorInfo
+from .verify import Report, verify
+
+
+def derive_rank_events(graph: TaskGraph, num_ranks: int) -> Events:
+    """The events of each rank of `num_ranks` that run this graph."""
+    stand_ins = [replace(task, writes=task.writes + _pushed_by_all(task, num_ranks)) for task in graph.tasks]
+    events = derive_events(replace(graph, tasks=stand_ins))
+    events.weights = [num_ranks if task.to_all_ranks else 1 for task in graph.tasks]
+    for event in events.events:
+        event.count = sum(events.weights[task] for task in event.producers)
+    return events
+
+
+def _pushed_by_all(task: Task, num_ranks: int) -> tuple[Region, ...]:
+    return tuple(Region(region.tensor, ((0, num_ranks), *region.box)) for region in task.pushes)
+
+
+def waits_for_ranks(graph: TaskGraph, events: Events, task: int) -> bool:
+    """Whether other ranks signal the event that a task waits for."""
+    event = events.wait[task]
+    return event >= 0 and any(graph.tasks[producer].to_all_ranks for producer in events.events[event].producers)
+
+
+def verify_ranks(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> Report:
+    """`verify` for all ranks together. Raises a `ScheduleError` whose names end in `@rank`."""
+    return verify(*join(graph, events, schedule, num_ranks), max_signals=MAX_SIGNALS * num_ranks)
+
+
+def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> tuple[TaskGraph, Events, Schedule]:
+    """The graph of all ranks: task t of rank r is number t * num_ranks + r, event e > 0 is (e - 1) * num_ranks + r + 1.
+
+    In program order all counterparts of a task come before the next one's. What no task writes is left out.
+    """
+    if schedule.pools:
+        raise MalformedScheduleError("tasks in pools run on one rank only; make all ops static")
+    for task in events.events[STEP_EVENT].producers:
+        if not graph.tasks[task].to_all_ranks:
+            raise MalformedScheduleError(
+                f"{graph.task_name(task)} ends the step of its own rank only; a task that no other waits for must"
+                " signal to all ranks. Let a layer whose output is symmetric read what it writes"
+            )
+    ranks = range(num_ranks)
+    pushed = {region.tensor for task in graph.tasks for region in task.pushes}
+    written = pushed | {region.tensor for task in graph.tasks for region in task.writes}
+    used = [name for name, info in graph.tensors.items() if name in written or not info.initialised]
+    own = {name: [f"{name}@{rank}" for rank in ranks] for name in used}
+    joint = TaskGraph(
+        [f"{op}@{rank}" for op in graph.ops for rank in ranks],
+        tensors={own[name][rank]: graph.tensors[name] for name in used for rank in ranks},
+    )
+
+    def of_rank(regions: tuple[Region, ...], rank: int) -> tuple[Region, ...]:
+        return tuple(Region(own[region.tensor][rank], region.box) for region in regions if region.tensor in own)
+
+    def event_of(event: int, rank: int) -> int:
+        return STEP_EVENT if event == STEP_EVENT else (event - 1) * num_ranks + rank + 1
+
+    wait: list[int] = []
+    signals: list[list[int]] = []
+    for t, task in enumerate(graph.tasks):
+        for rank in ranks:
+            pushes = tuple(
+                Region(own[region.tensor][peer], ((rank, rank + 1), *region.box))
+                for region in task.pushes
+                for peer in ranks
+            )
+            joint.tasks.append(
+                Task(
+                    task.op * num_ranks + rank,
+                    task.tile,
+                    of_rank(task.reads, rank),
+                    of_rank(task.writes, rank) + pushes,
+                    task.cost_bytes,
+                )
+            )
+            wait.append(event_of(events.wait[t], rank) if events.wait[t] >= 0 else -1)
+            reached = ranks if task.to_all_ranks else (rank,)
+            signals.append([*dict.fromkeys(event_of(event, peer) for event in events.signals[t] for peer in reached)])
+    counts = [events.events[STEP_EVENT].count]
+    counts += [event.count for event in events.events[1:] for _ in ranks]
+    queues = [[task * num_ranks + rank for task in queue] for rank in ranks for queue in schedule.queues]
+    return joint, Events([Event([], [], count) for count in counts], wait, signals), Schedule(queues)
+
+
+def symmetric_info(num_ranks: int, numel: int) -> TensorInfo:
+    """A symmetric tensor as tasks address it: (rank, element)."""
+    return TensorInfo((num_ranks, numel // num_ranks), initialised=False)

@@ -1,0 +1,130 @@
+"""Measuring decode on several ranks, under torchrun: the numbers of benchmark.py, and the time without communication.
+
+Every rank runs the same launches; rank 0 measures the time of its own, which ends when all ranks are done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from tri_mpk.account import RANK_EDITS, account, edited
+from tri_mpk.baseline import copy_bandwidth_gbps
+from tri_mpk.benchmark import (
+    CHECKED_CONTEXTS,
+    DEFAULT_CONTEXTS,
+    SEED,
+    Subject,
+    bench_device,
+    check_numbers,
+    compare_logits,
+    compile_seconds,
+    fill_cache,
+    free_memory,
+    logits_at,
+    measure,
+    median_ms,
+    random_caches,
+    references,
+)
+from tri_mpk.distributed import rank_device, world
+from tri_mpk.geometries import GEOMETRIES, geometry
+from tri_mpk.loading import from_config, memory_bytes, random_model
+from tri_mpk.model import PAGE_SIZE, CausalLM
+from tri_mpk.models import describe
+
+
+def run_rank_bench(
+    geometry_name: str,
+    contexts: Sequence[int] = DEFAULT_CONTEXTS,
+    *,
+    num_tokens: int = 32,
+    launches: int = 20,
+    check: bool = True,
+    account_too: bool = False,
+    reduce_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """As `run_bench`, on the ranks of torchrun; the same report on all of them.
+
+    A row also has `no_communication_ms_p50`, of the same kernels each of which is its own peer: what is above that is
+    communication that nothing hides. Logits are checked where the whole model fits rank 0's GPU too.
+    """
+    config = geometry(geometry_name)
+    name = next(known for known in GEOMETRIES if known.lower() == geometry_name.lower())
+    check_numbers(contexts, num_tokens, launches)
+    device = bench_device(rank_device())
+    rank, world_size = world()
+    free_memory()
+    max_seq_len = -(-(max(contexts) + num_tokens) // PAGE_SIZE) * PAGE_SIZE
+    show = progress and rank == 0
+
+    def say(stage: str) -> None:
+        if show:
+            tqdm.write(f"{name}, {world_size} ranks: {stage}", file=sys.stderr)
+
+    copy_gbps = copy_bandwidth_gbps(device)
+    say(f"a copy moves {copy_gbps:.0f} GB/s; making random weights")
+    model = from_config(
+        config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show, reduce_dtype=reduce_dtype
+    )
+    seconds = compile_seconds(model)
+    say(f"compiled in {seconds:.1f} s")
+    fill_cache(model)
+    subject = Subject(name, None, model, num_tokens, launches, copy_gbps, seconds, seconds, {})
+    errors = check_contexts(model, [c for c in contexts if check and c in CHECKED_CONTEXTS], say)
+    fill_cache(model)
+    rows = []
+    for context in contexts:
+        times = measure(model, context, num_tokens, launches)
+        with edited(model, RANK_EDITS["no communication"]):
+            alone = median_ms(model, context, num_tokens, launches)
+        exposed = 1.0 - alone / times["ms_p50"]
+        rows.append(subject.row(context, times, errors.get(context)))
+        rows[-1] |= {"no_communication_ms_p50": alone, "exposed_communication": exposed}
+        say(f"context {context}, {times['ms_p50']:.3f} ms per token, {alone:.3f} without communication")
+    report = subject.report(rows)
+    report["settings"] |= {"tensor_parallel": world_size, "reduce_dtype": str(reduce_dtype).removeprefix("torch.")}
+    if account_too:
+        report["account"] = [
+            {"context": context, "change": entry.name, "ms_p50": entry.ms}
+            for context in contexts
+            for entry in account(model, partial(median_ms, model, context, num_tokens, launches))
+        ]
+    del subject, model
+    free_memory()
+    return report
+
+
+def check_contexts(model: CausalLM, contexts: Sequence[int], say) -> dict[int, dict[str, float]]:
+    """Per context the errors as `check_logits` finds them, on rank 0; the other ranks have none.
+
+    Raises AssertionError on all ranks if our logits are farther from fp32 than bf16 is.
+    """
+    ours = {context: logits_at(model, context - 1, 1) for context in contexts}
+    found: dict[int, dict[str, float]] = {}
+    problem = None
+    if contexts and model.kernel.rank == 0:
+        config, device = model.config, model.device
+        needed = memory_bytes(config, describe(config, model.max_seq_len), model.dtype, model.max_seq_len)
+        if device.type == "cuda" and needed * 1.1 > torch.cuda.mem_get_info(device)[0]:
+            say("logits are not checked: the whole model does not fit this GPU beside the shard")
+        else:
+            whole = random_model(config, SEED, model.dtype, device).requires_grad_(False)
+            caches = dict(random_caches(model))
+            try:
+                for context in contexts:
+                    exact, rounded = references(model, whole, context - 1, 1, caches)
+                    found[context] = compare_logits(ours[context], exact, rounded, context - 1)
+            except Exception as error:  # the other ranks wait for the outcome
+                problem = f"{type(error).__name__}: {error}"
+            del whole, caches
+            free_memory()
+    if problems := [text for text in model.ranks.meet("the check of logits", problem) if text]:
+        raise AssertionError(problems[0])
+    return found
