@@ -40,8 +40,9 @@ USED = (
 )  # fmt: skip
 # a profiled kernel's worker loop calls these too, and its tile functions the second of each pair instead of the first
 USED_BY_PROFILE = ("first_record", "begin_step", "begin_record", "read_clock", "end_step")
-TIMED = {"wait": timing.timed_wait, "signal": timing.timed_signal}
-TIMED_RANKS = {
+TIMED = {
+    "wait": timing.timed_wait,
+    "signal": timing.timed_signal,
     "wait_for_ranks": rank_timing.timed_wait_for_ranks,
     "signal_ranks": rank_timing.timed_signal_ranks,
 }
@@ -102,10 +103,8 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         roots.append(ready.take_ticket)
         if constants.profile:
             roots += [timing.name_worker, device.task_word]
-    replaced = TIMED if constants.profile else RELEASING if constants.pools else {}
     ranks = []
     if constants.ranks > 1:
-        replaced = replaced | TIMED_RANKS if constants.profile else replaced
         roots.append(peers.wait_counter_of_ranks)
         ranks.append(f"RANKS = tl.constexpr({constants.ranks})  # run this kernel in step, each on its shard")
     lines = [
