@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.argmax import publish_token
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.argmax import best_of_parts, publish_token
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.scheduler.device import (
     CONTROL_EOS,
     CONTROL_LAST_EPOCH,
@@ -30,19 +30,15 @@ from tri_mpk.scheduler.peers import signal_ranks, wait_for_ranks
 def rank_argmax_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, asked_ptr, tokens_ptr,  # in, in, in, out
-    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, ASKED_STRIDE: tl.constexpr, RANKS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, ASKED_STRIDE: tl.constexpr, RANKS: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.arange(0, BLOCK)
     eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
-    value = tl.load(best_value_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
-    index = tl.load(best_index_ptr + parts, mask=parts < NUM_PARTS, other=0x7FFFFFFF)
-    best = tl.max(value, axis=0)
-    token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
     stop = step >= last_step
     for rank in tl.static_range(RANKS):
         stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
@@ -82,7 +78,7 @@ def cut_rank_argmax(
         fields={name: Address(tensor.name) for name, tensor in tensors.items()},
         to_all_ranks=True,
     )
-    constants = {"NUM_PARTS": num_parts, "BLOCK": next_power_of_2(num_parts), "ASKED_STRIDE": asked.dims[1]}
+    constants = {"NUM_PARTS": num_parts, "ASKED_STRIDE": asked.dims[1]}
     return Cut(constants, tensors, [task])
 
 

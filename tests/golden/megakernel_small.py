@@ -1567,6 +1567,25 @@ def lm_head_tile(
 
 
 @triton.jit
+def best_of_parts(value_ptr, index_ptr, NUM_PARTS: tl.constexpr):
+    """The index of the largest value, the lowest of equal ones.
+
+    As many at a time as a warp has lanes: a reduction over more holds a register throughout the kernel (ops/warps.py).
+    """
+    parts = tl.arange(0, 32)
+    value = tl.full([32], float("-inf"), tl.float32)
+    index = tl.full([32], 0x7FFFFFFF, tl.int32)
+    for first in tl.static_range(0, NUM_PARTS, 32):
+        mask = first + parts < NUM_PARTS
+        next_value = tl.load(value_ptr + first + parts, mask=mask, other=float("-inf"))
+        next_index = tl.load(index_ptr + first + parts, mask=mask, other=0x7FFFFFFF)
+        index = tl.where((next_value > value) | ((next_value == value) & (next_index < index)), next_index, index)
+        value = tl.maximum(value, next_value)
+    best = tl.max(value, axis=0)
+    return tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+
+
+@triton.jit
 def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
     """The token, then the count that makes it visible to the host (release at system scope)."""
     tl.store(mailbox_ptr + MAILBOX_TOKENS + num_tokens, token)
@@ -1594,8 +1613,6 @@ def argmax_tile(
     best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
     NUM_PARTS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    # As many as a warp has lanes: a reduction over more warps holds a register throughout the kernel (ops/warps.py).
-    parts = tl.arange(0, 32)
     eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
     is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
     num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
@@ -1603,16 +1620,7 @@ def argmax_tile(
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    value = tl.full([32], float("-inf"), tl.float32)
-    index = tl.full([32], 0x7FFFFFFF, tl.int32)
-    for first in tl.static_range(0, NUM_PARTS, 32):
-        mask = first + parts < NUM_PARTS
-        next_value = tl.load(best_value_ptr + first + parts, mask=mask, other=float("-inf"))
-        next_index = tl.load(best_index_ptr + first + parts, mask=mask, other=0x7FFFFFFF)
-        index = tl.where((next_value > value) | ((next_value == value) & (next_index < index)), next_index, index)
-        value = tl.maximum(value, next_value)
-    best = tl.max(value, axis=0)
-    token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
     stop = (step >= last_step) | stop_asked
     if step + 1 >= num_known:
         tl.store(tokens_ptr + step + 1, token)
