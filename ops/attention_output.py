@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
-from tri_mpk.ops.gemv import block_rows, dot_rows, refill, slot_rows, thread_place
+from tri_mpk.ops.gemv import block_rows, dot_rows, prefetch_rows, refill, slot_rows, thread_place
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
@@ -129,10 +129,12 @@ def attention_output_tile(
     row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, PREFETCH: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
+    prefetch_rows(ring, RING, PREFETCH)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
     ring = refill(ring, RING, DEFERRED)

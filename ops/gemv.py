@@ -265,6 +265,38 @@ def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
 
 
 @triton.jit
+def prefetch_rows(ring, RING: tl.constexpr, PREFETCH: tl.constexpr):
+    """Asks the L2 cache for the next PREFETCH bytes of the stream behind what was requested, as far as its task goes.
+
+    For a wait that is long enough for memory to idle while all rings are full.
+    """
+    if RING and PREFETCH > 0:
+        stream, addr, left, second, slot_bytes = ring[5]
+        size = tl.minimum(left, PREFETCH)
+        prefetch_bytes(addr, size)
+        if second != 0:
+            prefetch_bytes(second, tl.minimum(stream_word(ring[0], stream, 16), PREFETCH - size))
+
+
+@triton.jit
+def prefetch_bytes(addr, size):
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.u32 p, $3, 256; @p bra DONE;
+        setp.eq.u32 p, $2, 0; @p bra DONE;
+        cp.async.bulk.prefetch.L2.global [$1], $2;
+        DONE: mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [addr, size, thread_index()],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:

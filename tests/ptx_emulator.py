@@ -233,6 +233,10 @@ class Block:
 
     def _cp(self, suffixes, operands, active):
         assert suffixes[:2] == ["async", "bulk"]
+        if suffixes[2] == "prefetch":
+            for thread in np.flatnonzero(active):  # what is asked for must exist
+                ctypes.string_at(int(self.addresses(operands[0])[thread]), int(self.read(operands[1])[thread]))
+            return
         for thread in np.flatnonzero(active):
             to, source, barrier = (int(self.addresses(operands[i])[thread]) for i in (0, 1, 3))
             num_bytes = int(self.read(operands[2])[thread])

@@ -79,7 +79,8 @@ def test_parse():
     for bad in ({}, [], asdict(SMALL) | {"x": 1}, {"num_workers": 1}):
         with pytest.raises(ValueError, match="has the knobs"):
             Tuning.parse(bad)
-    assert str(SMALL) == "num_workers 4, slot_bytes 8192, block_kv 32, num_splits 2, split_tokens 256, deferred_slots 0"
+    names = "slot_bytes 8192, block_kv 32, num_splits 2, split_tokens 256, deferred_slots 0, prefetch_bytes 0"
+    assert str(SMALL) == f"num_workers 4, {names}"
     assert [field.name for field in fields(Tuning)] == list(asdict(SMALL))
 
 

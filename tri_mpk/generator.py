@@ -72,6 +72,7 @@ class KernelConstants:
     pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
     slot_bytes: int = 0  # of a ring
     deferred_slots: int = 0  # of a ring that a task leaves to the next one
+    prefetch_bytes: int = 0  # that a worker asks of the L2 cache while it waits for attention
     ranks: int = 1  # that run this kernel in step: see scheduler/peers.py
 
 
@@ -120,6 +121,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
         f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: plain loads",
         f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
+        f"PREFETCH = tl.constexpr({constants.prefetch_bytes})  # into the L2 cache, while attention is awaited",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         *ranks,
         "",

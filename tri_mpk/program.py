@@ -81,16 +81,19 @@ def kernel_constants(
     profile: bool = False,
     pools: bool = False,
     deferred_slots: int = 0,
+    prefetch_bytes: int = 0,
     ranks: int = 1,
 ) -> KernelConstants:
     """Tile sizes: a warp per row and 16 bytes of bf16 per lane on a GPU, few large tiles in the interpreter."""
     align = 16 // weight_dtype.itemsize
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
-    deferred_slots = deferred_slots if ring else 0
+    if not ring:
+        deferred_slots = prefetch_bytes = 0
     return KernelConstants(
-        weight_dtype, ring, block_n, block_k, portable, profile, pools, deferred_slots=deferred_slots, ranks=ranks
-    )
+        weight_dtype, ring, block_n, block_k, portable, profile, pools,
+        deferred_slots=deferred_slots, prefetch_bytes=prefetch_bytes, ranks=ranks,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ TASK_WORDS = tl.constexpr(24)  # int64 words of a task descriptor
 PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
 RING = tl.constexpr(24576)  # bytes of a slot of the weight rings; 0: plain loads
 DEFERRED = tl.constexpr(0)  # slots of a ring that a task leaves to the next one
+PREFETCH = tl.constexpr(0)  # into the L2 cache, while attention is awaited
 BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
 MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that looks
@@ -1244,6 +1245,41 @@ def attention_tile(
     return ring
 
 
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def prefetch_bytes(addr, size):
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.u32 p, $3, 256; @p bra DONE;
+        setp.eq.u32 p, $2, 0; @p bra DONE;
+        cp.async.bulk.prefetch.L2.global [$1], $2;
+        DONE: mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [addr, size, thread_index()],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_rows(ring, RING: tl.constexpr, PREFETCH: tl.constexpr):
+    """Asks the L2 cache for the next PREFETCH bytes of the stream behind what was requested, as far as its task goes.
+
+    For a wait that is long enough for memory to idle while all rings are full.
+    """
+    if RING and PREFETCH > 0:
+        stream, addr, left, second, slot_bytes = ring[5]
+        size = tl.minimum(left, PREFETCH)
+        prefetch_bytes(addr, size)
+        if second != 0:
+            prefetch_bytes(second, tl.minimum(stream_word(ring[0], stream, 16), PREFETCH - size))
+
+
 # ---- ops/attention_output.py ----
 
 
@@ -1351,10 +1387,12 @@ def attention_output_tile(
     row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, PREFETCH: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
+    prefetch_rows(ring, RING, PREFETCH)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
     ring = refill(ring, RING, DEFERRED)
@@ -1926,6 +1964,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     PORTABLE=PORTABLE,
                     RING=RING,
                     DEFERRED=DEFERRED,
+                    PREFETCH=PREFETCH,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
