@@ -535,7 +535,7 @@ def compile_kernel(
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     target = target or DEFAULT_TARGET
     program, _, facts = planned(
-        model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target), tensor_parallel
+        model, geometry, dtype, max_seq_len, num_workers, has_bulk_copies(target), tensor_parallel=tensor_parallel
     )
     path = write_source(program.source)
     with spinner(f"compiling for {target}, half a minute or so", progress):
