@@ -145,14 +145,17 @@ def int_field(task, word, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr):
-    """Until `counter - wanted >= 0` as signed 32-bit numbers, so that counters may wrap around."""
+def poll_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr, SCOPE: tl.constexpr):
+    """Until `counter - wanted >= 0` as signed 32-bit numbers, so that counters may wrap around.
+
+    SCOPE: "gpu", or "sys" where signals come from other ranks too.
+    """
     if PORTABLE:
         bound = tl.load(control_ptr + CONTROL_WAIT_BOUND)
         polls = bound * 0
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope=SCOPE)
         while (seen - wanted < 0) & (polls < bound):
-            seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope=SCOPE)
             aborted = tl.load(control_ptr + CONTROL_ABORT, volatile=True) != 0
             polls = tl.where(aborted, bound, polls + 1)
         if seen - wanted < 0:  # noqa: SIM102  Triton evaluates both sides of `and`
@@ -164,13 +167,13 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
     else:
         # Byte offsets are 8 x the CONTROL_ words above. Times are in units of 1024 ns, to hold one register through it.
         tl.inline_asm_elementwise(
-            """{
+            f"""{{
             .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start, time, limit; .reg .u64 wide;
             mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
-            ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
+            ld.acquire.{SCOPE}.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 start, wide;
             MORE: mov.s32 polls, 0;
-            POLL: ld.acquire.gpu.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
+            POLL: ld.acquire.{SCOPE}.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
             add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
             ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
             mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 time, wide; sub.u32 time, time, start;
@@ -181,13 +184,19 @@ def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.conste
             cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
             cvt.s64.s32 wide, $2; st.global.s64 [$3 + 96], wide;
             DONE: bar.sync 0; mov.u32 $0, 0;
-            }""",
+            }}""",
             "=r,l,r,l,r",
             [counter_ptr.to(tl.int64), wanted, control_ptr.to(tl.int64), task_idx],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def wait_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr):
+    """Until this many signals have come, all of them from this GPU."""
+    poll_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE, "gpu")
 
 
 @triton.jit

@@ -12,16 +12,12 @@ import triton
 import triton.language as tl
 
 from .device import (
-    CONTROL_ABORT,
-    CONTROL_STUCK_SEEN,
-    CONTROL_STUCK_TASK,
-    CONTROL_STUCK_WANTED,
-    CONTROL_WAIT_BOUND,
     TASK_SIGNALS,
     TASK_VARIANT,
     TASK_WAIT,
     TASK_WAIT_COUNT,
     int_field,
+    poll_counter,
     task_word,
 )
 
@@ -33,47 +29,7 @@ PEER_TASK_WORDS = 32  # a whole number of lines, with room for what a profiled k
 @triton.jit
 def wait_counter_of_ranks(counter_ptr, wanted, task_idx, control_ptr, PORTABLE: tl.constexpr):
     """`wait_counter`, for signals that come from other ranks too."""
-    if PORTABLE:
-        bound = tl.load(control_ptr + CONTROL_WAIT_BOUND)
-        polls = bound * 0
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys")
-        while (seen - wanted < 0) & (polls < bound):
-            seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys")
-            aborted = tl.load(control_ptr + CONTROL_ABORT, volatile=True) != 0
-            polls = tl.where(aborted, bound, polls + 1)
-        if seen - wanted < 0:  # noqa: SIM102  Triton evaluates both sides of `and`
-            if tl.atomic_cas(control_ptr + CONTROL_ABORT, bound * 0, bound * 0 + 1, sem="relaxed", scope="gpu") == 0:
-                tl.store(control_ptr + CONTROL_STUCK_TASK, task_idx)
-                tl.store(control_ptr + CONTROL_STUCK_SEEN, seen)
-                tl.store(control_ptr + CONTROL_STUCK_WANTED, wanted)
-        tl.debug_barrier()
-    else:
-        # Byte offsets and units of time are those of `wait_counter`.
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p; .reg .s32 seen, left, polls; .reg .u32 tid, flag, start, time, limit; .reg .u64 wide;
-            mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @p bra DONE;
-            ld.acquire.sys.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
-            mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 start, wide;
-            MORE: mov.s32 polls, 0;
-            POLL: ld.acquire.sys.global.s32 seen, [$1]; sub.s32 left, seen, $2; setp.ge.s32 p, left, 0; @p bra DONE;
-            add.s32 polls, polls, 1; setp.lt.s32 p, polls, 1000; @p bra POLL;
-            ld.relaxed.gpu.global.u32 flag, [$3 + 72]; setp.ne.u32 p, flag, 0; @p bra DONE;
-            mov.u64 wide, %globaltimer; shr.u64 wide, wide, 10; cvt.u32.u64 time, wide; sub.u32 time, time, start;
-            ld.global.u64 wide, [$3 + 40]; shr.u64 wide, wide, 10; min.u64 wide, wide, 0xfffffffe;
-            cvt.u32.u64 limit, wide; setp.lt.u32 p, time, limit; @p bra MORE;
-            atom.relaxed.gpu.global.cas.b32 flag, [$3 + 72], 0, 1; setp.ne.u32 p, flag, 0; @p bra DONE;
-            cvt.s64.s32 wide, $4; st.global.s64 [$3 + 80], wide;
-            cvt.s64.s32 wide, seen; st.global.s64 [$3 + 88], wide;
-            cvt.s64.s32 wide, $2; st.global.s64 [$3 + 96], wide;
-            DONE: bar.sync 0; mov.u32 $0, 0;
-            }""",
-            "=r,l,r,l,r",
-            [counter_ptr.to(tl.int64), wanted, control_ptr.to(tl.int64), task_idx],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    poll_counter(counter_ptr, wanted, task_idx, control_ptr, PORTABLE, "sys")
 
 
 @triton.jit
