@@ -20,13 +20,12 @@ from tri_mpk.ops.warps import (
     load_word,
     load_words,
     low_halves,
-    max_over_tokens,
     multiply_add,
+    over_tokens,
     pack_halves,
     read_float,
     read_pair,
     read_words,
-    sum_over_tokens,
     transpose,
     write_floats,
     write_half,
@@ -104,7 +103,7 @@ def soften(scores, m, l):
         top = scores[e]
         for i in tl.static_range(2 + e, len(scores), 2):
             top = tl.maximum(top, scores[i])
-        top = tl.maximum(m[e], max_over_tokens(top))
+        top = tl.maximum(m[e], over_tokens(top, "max"))
         new_m = new_m + (top,)
         alpha = alpha + (tl.exp2(m[e] - top),)
     p = ()
@@ -163,7 +162,12 @@ def merge_warps(
     state = smem + SUMS_OFFSET
     sums = state + STATE_BYTES  # (maximum, sum) [WARPS, 8]
     write_floats(
-        sums + (warp * 8 + 2 * j) * 8, m[0], sum_over_tokens(l[0]), m[1], sum_over_tokens(l[1]), (g == 0).to(tl.int32)
+        sums + (warp * 8 + 2 * j) * 8,
+        m[0],
+        over_tokens(l[0], "add"),
+        m[1],
+        over_tokens(l[1], "add"),
+        (g == 0).to(tl.int32),
     )
     o = tl.arange(0, BLOCK)
     h = o // PADDED

@@ -229,32 +229,15 @@ def write_lane_sums(address_a, address_b, a, b):
 
 
 @triton.jit
-def max_over_tokens(x):
-    """Of the eight lanes with one lane % 4."""
+def over_tokens(x, WHAT: tl.constexpr):
+    """The max or add of the eight lanes with one lane % 4."""
     return tl.inline_asm_elementwise(
-        """{
+        f"""{{
         .reg .f32 other;
-        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; max.f32 $0, $1, other;
-        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; max.f32 $0, $0, other;
-        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; max.f32 $0, $0, other;
-        }""",
-        "=&f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def sum_over_tokens(x):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 other;
-        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; add.f32 $0, $1, other;
-        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; add.f32 $0, $0, other;
-        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; add.f32 $0, $0, other;
-        }""",
+        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; {WHAT}.f32 $0, $1, other;
+        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; {WHAT}.f32 $0, $0, other;
+        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; {WHAT}.f32 $0, $0, other;
+        }}""",
         "=&f,f",
         [x],
         dtype=tl.float32,

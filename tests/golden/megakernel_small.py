@@ -791,15 +791,15 @@ def write_half(address, x):
 
 
 @triton.jit
-def max_over_tokens(x):
-    """Of the eight lanes with one lane % 4."""
+def over_tokens(x, WHAT: tl.constexpr):
+    """The max or add of the eight lanes with one lane % 4."""
     return tl.inline_asm_elementwise(
-        """{
+        f"""{{
         .reg .f32 other;
-        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; max.f32 $0, $1, other;
-        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; max.f32 $0, $0, other;
-        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; max.f32 $0, $0, other;
-        }""",
+        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; {WHAT}.f32 $0, $1, other;
+        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; {WHAT}.f32 $0, $0, other;
+        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; {WHAT}.f32 $0, $0, other;
+        }}""",
         "=&f,f",
         [x],
         dtype=tl.float32,
@@ -821,7 +821,7 @@ def soften(scores, m, l):
         top = scores[e]
         for i in tl.static_range(2 + e, len(scores), 2):
             top = tl.maximum(top, scores[i])
-        top = tl.maximum(m[e], max_over_tokens(top))
+        top = tl.maximum(m[e], over_tokens(top, "max"))
         new_m = new_m + (top,)
         alpha = alpha + (tl.exp2(m[e] - top),)
     p = ()
@@ -997,23 +997,6 @@ def write_floats(address, a, b, c, d, wanted):
     )
 
 
-@triton.jit
-def sum_over_tokens(x):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 other;
-        shfl.sync.bfly.b32 other, $1, 4, 31, 0xffffffff; add.f32 $0, $1, other;
-        shfl.sync.bfly.b32 other, $0, 8, 31, 0xffffffff; add.f32 $0, $0, other;
-        shfl.sync.bfly.b32 other, $0, 16, 31, 0xffffffff; add.f32 $0, $0, other;
-        }""",
-        "=&f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 # ---- ops/attention_by_warps.py ----
 
 
@@ -1028,7 +1011,12 @@ def merge_warps(
     state = smem + SUMS_OFFSET
     sums = state + STATE_BYTES  # (maximum, sum) [WARPS, 8]
     write_floats(
-        sums + (warp * 8 + 2 * j) * 8, m[0], sum_over_tokens(l[0]), m[1], sum_over_tokens(l[1]), (g == 0).to(tl.int32)
+        sums + (warp * 8 + 2 * j) * 8,
+        m[0],
+        over_tokens(l[0], "add"),
+        m[1],
+        over_tokens(l[1], "add"),
+        (g == 0).to(tl.int32),
     )
     o = tl.arange(0, BLOCK)
     h = o // PADDED
