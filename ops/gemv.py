@@ -8,11 +8,13 @@ streams, whichever task that belongs to: the weight stream runs on while a worke
     holds       read     [now]    ready    on its way
     next        slot 0 is refilled; its rows may be the first of the worker's next task
 
-A slot is refilled one slot after all warps have read it, or DEFERRED slots later: then the last slots of a task are
-refilled when the next one has its activations (`refill`), which otherwise come behind these weights.
+A slot is refilled when all warps have read it and one slot more: the one before the slot to read next is empty.
 
-`ring` is the state of that: shared memory, the slot to read next, how many before it are empty, and the cursor, which
-is the position of the next rows to request. The cursor walks the task descriptors by itself.
+`ring` is the state of that: shared memory, the slot to read next, and the cursor, which is the position of the next
+rows to request. The cursor walks the worker's streams by itself.
+
+Where a worker waits so long that its ring is full before the wait is over, L2 is the next place for weights to come to
+(`prefetch_rows`): memory would idle otherwise.
 
 The 16 warps share out a slot of R rows: each takes the same segment of columns of one or two rows in every slot, so
 that a thread holds its part of the activations in registers for the whole task, 8 columns per lane in every 256.
@@ -46,18 +48,27 @@ from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOTS,
     TASK_STREAM,
     TASK_STREAM_INDEX,
+    TASK_WAIT,
+    TASK_WAIT_COUNT,
+    int_field,
+    task_word,
 )
 
 MAX_SLOTS = tl.constexpr(16)
+MAX_MATRICES = tl.constexpr(4)  # that one prefetch reaches into
+PREFETCHER = tl.constexpr(480)  # the thread that prefetches, lane 0 of the last warp: the first one polls
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
-# empty), sums of squares, row sums (or what attention keeps there), the slots. The worker's streams lie in front of all
-# that, the first one last.
+# empty), sums of squares, the pieces that are prefetched (two barriers and how many pieces there have been), row sums
+# (or what attention keeps there), the slots, where prefetched bytes go. The worker's streams lie in front of all that,
+# the first one last.
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
+PIECES_OFFSET = tl.constexpr(832)
 SUMS_OFFSET = tl.constexpr(1024)
 SUMS_BYTES = tl.constexpr(8192)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
+SCRATCH_BYTES = tl.constexpr(4096)
 
 
 # ---- the ring ----
@@ -131,6 +142,8 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             mov.u32 at, $1; mov.u32 left, 16;
             NEXT: mbarrier.init.shared::cta.b64 [at], 1; mbarrier.init.shared::cta.b64 [at + 128], 16;
             add.u32 at, at, 8; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
+            mbarrier.init.shared::cta.b64 [$1 + 320], 1; mbarrier.init.shared::cta.b64 [$1 + 328], 1;
+            st.shared.b32 [$1 + 336], 0;
             fence.mbarrier_init.release.cluster;
             DONE: bar.sync 0; mov.u32 $0, 0;
             }""",
@@ -145,12 +158,10 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
                 cursor = request_rows(smem, slot, 1, cursor, RING)
-            num_empty = zero + 1
         else:
             slots = zero  # nothing is on its way, and nothing ever will be
-            num_empty = zero
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
-        return (smem, slots, zero, zero, num_empty, cursor)
+        return (smem, slots, zero, zero, cursor)
     else:
         return 0
 
@@ -185,8 +196,15 @@ def request_rows(smem, slot, phase, cursor, RING: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-    addr += slot_bytes
-    left -= slot_bytes
+    return advance(smem, cursor, slot_bytes)
+
+
+@triton.jit
+def advance(smem, cursor, num_bytes):
+    """The cursor so many bytes on, but not beyond the end of a matrix."""
+    stream, addr, left, second, slot_bytes = cursor
+    addr += num_bytes
+    left -= num_bytes
     if left <= 0:
         if second != 0:
             addr = second
@@ -215,22 +233,11 @@ def await_slot(smem, slot, phase):
 
 
 @triton.jit
-def request_next(ring, RING: tl.constexpr):
-    """Asks for the next rows, in the slot that has been empty longest."""
-    smem, slots, slot, phase, num_empty, cursor = ring
-    oldest = slot - num_empty
-    oldest_phase = phase
-    if oldest < 0:
-        oldest += slots
-        oldest_phase = phase ^ 1
-    cursor = request_rows(smem, oldest, oldest_phase, cursor, RING)
-    return (smem, slots, slot, phase, num_empty - 1, cursor)
-
-
-@triton.jit
-def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
-    """This warp has read the current slot. The ring moves on, and an older slot is refilled."""
-    smem, slots, slot, phase, num_empty, cursor = ring
+def release_slot(ring, RING: tl.constexpr):
+    """This warp has read the current slot. The ring moves on, and the slot before is refilled: all warps may have read
+    that one.
+    """
+    smem, slots, slot, phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -245,70 +252,32 @@ def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
         is_pure=False,
         pack=1,
     )
+    before = slot - 1
+    phase_before = phase
+    if before < 0:
+        before += slots
+        phase_before = phase ^ 1
+    cursor = request_rows(smem, before, phase_before, cursor, RING)
     slot += 1
     if slot == slots:
         slot = slots * 0
         phase ^= 1
-    ring = (smem, slots, slot, phase, num_empty + 1, cursor)
-    if num_empty > DEFERRED:  # the slot just read is left for the next time: not all warps may have read it
-        ring = request_next(ring, RING)
-    return ring
+    return (smem, slots, slot, phase, cursor)
 
 
 @triton.jit
-def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
-    """Asks for the rows that were put off."""
-    if RING and DEFERRED > 0:
-        for _ in tl.range(1, ring[4], num_stages=1):
-            ring = request_next(ring, RING)
-    return ring
-
-
-@triton.jit
-def prefetch_rows(ring, RING: tl.constexpr, PREFETCH: tl.constexpr):
-    """Asks the L2 cache for the next PREFETCH bytes of the stream behind what was requested, as far as its task goes.
-
-    For a wait that is long enough for memory to idle while all rings are full.
-    """
-    if RING and PREFETCH > 0:
-        stream, addr, left, second, slot_bytes = ring[5]
-        size = tl.minimum(left, PREFETCH)
-        prefetch_bytes(addr, size)
-        if second != 0:
-            prefetch_bytes(second, tl.minimum(stream_word(ring[0], stream, 16), PREFETCH - size))
-
-
-@triton.jit
-def prefetch_bytes(addr, size):
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        setp.ne.u32 p, $3, 256; @p bra DONE;
-        setp.eq.u32 p, $2, 0; @p bra DONE;
-        cp.async.bulk.prefetch.L2.global [$1], $2;
-        DONE: mov.u32 $0, 0;
-        }""",
-        "=r,l,r,r",
-        [addr, size, thread_index()],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
+def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem, slots, slot, phase, num_empty, cursor = ring
+        smem, slots, slot, phase, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = slots - num_empty
+        reach = slots - 1
         if num_slots > reach:  # the cursor has not left them
             cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
-            ring = (smem, slots, slot, phase, num_empty, cursor)
+            ring = (smem, slots, slot, phase, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
             await_slot(smem, ring[2], ring[3])
-            ring = release_slot(ring, RING, DEFERRED)
+            ring = release_slot(ring, RING)
     return ring
 
 
@@ -316,13 +285,89 @@ def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFER
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, slot, phase, num_empty, cursor = ring
-        for _ in tl.range(0, slots - num_empty, num_stages=1):
+        smem, slots, slot, phase, cursor = ring
+        for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
             if slot == slots:
                 slot = slots * 0
                 phase ^= 1
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 piece, at, parity;
+            setp.ne.u32 p, $2, 480; @p bra DONE;
+            ld.shared.b32 piece, [$1 + 16];
+            and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 parity, piece, 1, 1; xor.b32 parity, parity, 1;
+            POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [at], parity; @!p bra POLL;
+            xor.b32 at, piece, 1; and.b32 at, at, 1; shl.b32 at, at, 3; add.u32 at, at, $1;
+            add.u32 piece, piece, 1; bfe.u32 parity, piece, 1, 1; xor.b32 parity, parity, 1;
+            POLL2: mbarrier.try_wait.parity.shared::cta.b64 p, [at], parity; @!p bra POLL2;
+            DONE: mov.u32 $0, 0;
+            }""",
+            "=r,r,r",
+            [smem + PIECES_OFFSET, thread_index()],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+# ---- weights into L2 ----
+
+
+@triton.jit
+def prefetch_rows(task, event_ptr, epoch, ring, PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr):
+    """Has L2 fetch what follows in the stream, PREFETCH bytes at most, until the task's event has fired.
+
+    One thread copies pieces of 32 KiB to where nobody reads them, two at a time: with more on their way, what others
+    load meanwhile waits behind them. Instructions that only prefetch are hints; an H200 drops most of so many.
+    """
+    if RING and PREFETCH > 0:
+        count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
+        counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
+        smem, slots, slot, phase, cursor = ring
+        is_prefetcher = thread_index() == PREFETCHER  # the other threads have nothing to wait for
+        wanted = tl.where(is_prefetcher & (count > 0), PREFETCH, 0)
+        for _ in tl.range(0, MAX_MATRICES, num_stages=1):
+            if wanted > 0:
+                num_bytes = tl.minimum(cursor[2], wanted)
+                fired = copy_pieces(
+                    smem, smem + RING_OFFSET + slots * RING, cursor[1], num_bytes, counter_ptr, epoch * count
+                )
+                wanted = tl.where(fired != 0, 0, wanted - num_bytes)
+                cursor = advance(smem, cursor, num_bytes)
+
+
+@triton.jit
+def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count):
+    """1 as soon as the counter has come to `count`, 0 when all bytes are requested before."""
+    return tl.inline_asm_elementwise(
+        # Piece i has barrier i % 2. A piece is requested as 4 KiB and 4 KiB, for the scratch area is not larger.
+        """{
+        .reg .pred p; .reg .s32 left, piece, size, part, seen; .reg .u32 at; .reg .u64 from, step;
+        ld.shared.b32 piece, [$1 + 16]; mov.s32 left, $4; mov.u64 from, $3;
+        NEXT:
+        setp.le.s32 p, left, 0; @p bra ALL;
+        ld.relaxed.gpu.global.s32 seen, [$5]; sub.s32 seen, seen, $6; setp.ge.s32 p, seen, 0; @p bra FIRED;
+        and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 seen, piece, 1, 1; xor.b32 seen, seen, 1;
+        mbarrier.test_wait.parity.shared::cta.b64 p, [at], seen; @!p bra NEXT;
+        min.s32 size, left, 32768; sub.s32 left, left, size; add.s32 piece, piece, 1;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [at], size;
+        PART:
+        min.s32 part, size, 4096;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [from], part, [at];
+        cvt.u64.u32 step, part; add.u64 from, from, step; sub.s32 size, size, part; setp.gt.s32 p, size, 0; @p bra PART;
+        bra NEXT;
+        FIRED: mov.u32 $0, 1; bra DONE;
+        ALL: mov.u32 $0, 0;
+        DONE: st.shared.b32 [$1 + 16], piece;
+        }""",
+        "=&r,r,r,l,r,l,r",
+        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 # ---- one task ----
@@ -370,7 +415,7 @@ def scale_segment(ring, x, gain, RING: tl.constexpr):
 
 
 @triton.jit
-def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
+def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
         SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
@@ -388,7 +433,7 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
                 for start in tl.static_range(0, COLS, 256):
                     wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
                     words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring, RING, DEFERRED)
+            ring = release_slot(ring, RING)
             totals = ()
             for r in tl.static_range(WARP_ROWS):
                 even = tl.zeros([WARPS, LANES], tl.float32)
@@ -443,12 +488,12 @@ def row_sums(
 def dot_rows(
     ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows,
     K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
     ring = stream_rows(
-        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT
+        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT
     )
     end_rows(RING)
     return ring, row_sums(

@@ -14,7 +14,6 @@ from tri_mpk.ops.gemv import (
     block_rows,
     dot_rows,
     load_segment,
-    refill,
     slot_rows,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
@@ -29,12 +28,11 @@ def linear_residual_tile(
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
@@ -52,7 +50,6 @@ def linear_residual_tile(
             False,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,

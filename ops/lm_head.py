@@ -20,7 +20,6 @@ from tri_mpk.ops.gemv import (
     dot_rows,
     inverse_rms,
     load_segment,
-    refill,
     scale_segment,
     skip_rows,
     slot_rows,
@@ -62,7 +61,7 @@ def lm_head_tile(
     part, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -72,10 +71,9 @@ def lm_head_tile(
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
-        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING, DEFERRED)
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
         ring, y = dot_rows(
@@ -90,7 +88,6 @@ def lm_head_tile(
             True,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,

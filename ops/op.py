@@ -22,7 +22,7 @@ from tri_mpk.scheduler.graph import Region, Task, Value
 KERNEL_PARAMETERS = (
     "task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "step", "step_ptr", "ring",
 )  # fmt: skip
-MACHINE_CONSTANTS = ("PORTABLE", "RING", "DEFERRED", "PREFETCH", "WEIGHT", "BLOCK_K", "RANKS")
+MACHINE_CONSTANTS = ("PORTABLE", "RING", "PREFETCH", "WEIGHT", "BLOCK_K", "RANKS")
 
 
 @dataclass(slots=True, eq=False)

@@ -83,12 +83,12 @@ def row_sums_of_sum(
 def dot_rows_of_sum(
     ring, x, x_ptr, parts_ptr, gain_ptr, weight_addr, block, num_rows,
     K: tl.constexpr, SLOT_ROWS: tl.constexpr, RANKS: tl.constexpr,
-    RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`dot_rows` with gain * the sum; `x` is what `scale_segment` made of it."""
     end_rows(RING)
     rows_left = tl.minimum(num_rows - block * BLOCK_N, BLOCK_N)
-    ring = stream_rows(ring, x, 0, rows_left, K, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    ring = stream_rows(ring, x, 0, rows_left, K, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     return ring, row_sums_of_sum(
         ring, 0, x_ptr, parts_ptr, gain_ptr, weight_addr, block, num_rows,

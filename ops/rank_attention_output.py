@@ -14,7 +14,7 @@ import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
 from tri_mpk.ops.attention_output import attention_output_torch, cut_attention_output, load_merged, merged_columns
-from tri_mpk.ops.gemv import dot_rows, prefetch_rows, refill
+from tri_mpk.ops.gemv import dot_rows, prefetch_rows
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.ops.parts import push_to_all
 from tri_mpk.ops.rank_linear import without_residual
@@ -29,21 +29,20 @@ def rank_attention_output_tile(
     row_of_rank, row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SIZE: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, PREFETCH: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr,
     WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
-    prefetch_rows(ring, RING, PREFETCH)
+    prefetch_rows(task, event_ptr, epoch, ring, PORTABLE, RING, PREFETCH)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         if RING:
             ring, y = dot_rows(
                 ring, x, lse_ptr, lse_ptr, weight_addr, block, num_rows,
-                K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
+                K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             first = tl.cast(block, tl.int64) * BLOCK_N

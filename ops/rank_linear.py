@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import dot_rows, load_segment, refill
+from tri_mpk.ops.gemv import dot_rows, load_segment
 from tri_mpk.ops.linear_residual import cut_linear_residual
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.ops.parts import push_to_all
@@ -25,17 +25,16 @@ def rank_linear_tile(
     row_of_rank, row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         ring, y = dot_rows(
             ring, x, x_ptr, x_ptr, weight_addr, block, num_rows,
-            K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
+            K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import load_segment, refill, scale_segment, skip_rows
+from tri_mpk.ops.gemv import load_segment, scale_segment, skip_rows
 from tri_mpk.ops.lm_head import best_of_block, cut_lm_head, lm_head_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.ops.parts import dot_rows_of_sum, inverse_rms_of_sum, load_sum, push_to_all, read_sum
@@ -28,7 +28,7 @@ def rank_lm_head_tile(
     part, first_row, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -38,15 +38,14 @@ def rank_lm_head_tile(
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
-        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING, DEFERRED)
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
         ring, y = dot_rows_of_sum(
             ring, x, x_ptr, parts_ptr, gain_ptr, weight_addr, block, num_rows,
-            D, SLOT_ROWS, RANKS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
+            D, SLOT_ROWS, RANKS, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         y *= inverse_rms_of_sum(ring, x_ptr, parts_ptr, D, EPS, SLOT_ROWS, RANKS, RING, BLOCK_K)
         row = block * BLOCK_N + rows

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import end_rows, load_segment, refill, scale_segment, stream_rows
+from tri_mpk.ops.gemv import end_rows, load_segment, scale_segment, stream_rows
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.ops.parts import inverse_rms_of_sum, keep_sum, load_sum, read_sum, row_sums_of_sum
 from tri_mpk.ops.rmsnorm_gated_linear import cut_rmsnorm_gated_linear, rmsnorm_gated_linear_torch
@@ -26,16 +26,15 @@ def rank_rmsnorm_gated_linear_tile(
     row0, num_rows, first_kept, num_kept,
     D: tl.constexpr, EPS: tl.constexpr, KEPT: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
     keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
-    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
-    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
         gate = row_sums_of_sum(

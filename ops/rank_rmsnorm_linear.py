@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import load_segment, refill, scale_segment
+from tri_mpk.ops.gemv import load_segment, scale_segment
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.ops.parts import dot_rows_of_sum, inverse_rms_of_sum, keep_sum, load_sum, read_sum
 from tri_mpk.ops.rmsnorm_linear import cut_rmsnorm_linear, rmsnorm_linear_torch
@@ -26,18 +26,17 @@ def rank_rmsnorm_linear_tile(
     row0, num_rows, first_kept, num_kept,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr, KEPT: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
     keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows_of_sum(
             ring, x, x_ptr, parts_ptr, gain_ptr, weight_addr, block, num_rows,
-            D, SLOT_ROWS, RANKS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
+            D, SLOT_ROWS, RANKS, RING, WEIGHT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         y *= inverse_rms_of_sum(ring, x_ptr, parts_ptr, D, EPS, SLOT_ROWS, RANKS, RING, BLOCK_K)
         row = block * BLOCK_N + rows

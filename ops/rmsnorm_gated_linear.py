@@ -16,7 +16,6 @@ from tri_mpk.ops.gemv import (
     end_rows,
     inverse_rms,
     load_segment,
-    refill,
     row_sums,
     scale_segment,
     slot_rows,
@@ -35,15 +34,14 @@ def rmsnorm_gated_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
-    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
-    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
         gate = row_sums(

@@ -17,7 +17,6 @@ from tri_mpk.ops.gemv import (
     dot_rows,
     inverse_rms,
     load_segment,
-    refill,
     scale_segment,
     slot_rows,
 )
@@ -33,13 +32,12 @@ def rmsnorm_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
             ring,
@@ -53,7 +51,6 @@ def rmsnorm_linear_tile(
             True,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,

@@ -26,8 +26,8 @@ SMALL = Tuning(num_workers=4, slot_bytes=8 << 10, block_kv=32, num_splits=2, spl
 
 def test_the_choice_for_known_models():
     """Llama-3.2-1B and Qwen3-8B on an H200: what their measurements in bench/NOTES.md were made with."""
-    assert choose_tuning(H200, num_kv_heads=8, head_dim=64) == Tuning(132, 32 << 10, 32, 16, 128)
-    assert choose_tuning(H200, num_kv_heads=8, head_dim=128) == Tuning(132, 32 << 10, 16, 16, 64)
+    assert choose_tuning(H200, num_kv_heads=8, head_dim=64) == Tuning(132, 32 << 10, 32, 16, 128, 512 << 10)
+    assert choose_tuning(H200, num_kv_heads=8, head_dim=128) == Tuning(132, 32 << 10, 16, 16, 64, 512 << 10)
 
 
 @given(
@@ -79,7 +79,7 @@ def test_parse():
     for bad in ({}, [], asdict(SMALL) | {"x": 1}, {"num_workers": 1}):
         with pytest.raises(ValueError, match="has the knobs"):
             Tuning.parse(bad)
-    names = "slot_bytes 8192, block_kv 32, num_splits 2, split_tokens 256, deferred_slots 0, prefetch_bytes 0"
+    names = "slot_bytes 8192, block_kv 32, num_splits 2, split_tokens 256, prefetch_bytes 0"
     assert str(SMALL) == f"num_workers 4, {names}"
     assert [field.name for field in fields(Tuning)] == list(asdict(SMALL))
 

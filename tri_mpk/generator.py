@@ -71,8 +71,7 @@ class KernelConstants:
     profile: bool = False  # tasks leave time stamps: see scheduler/timing.py
     pools: bool = False  # workers take some tasks as they become ready: see scheduler/ready.py
     slot_bytes: int = 0  # of a ring
-    deferred_slots: int = 0  # of a ring that a task leaves to the next one
-    prefetch_bytes: int = 0  # that a worker asks of the L2 cache while it waits for attention
+    prefetch_bytes: int = 0  # of weights at most that a worker has L2 fetch while it waits for attention
     ranks: int = 1  # that run this kernel in step: see scheduler/peers.py
 
 
@@ -120,8 +119,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
         f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: plain loads",
-        f"DEFERRED = tl.constexpr({constants.deferred_slots})  # slots of a ring that a task leaves to the next one",
-        f"PREFETCH = tl.constexpr({constants.prefetch_bytes})  # into the L2 cache, while attention is awaited",
+        f"PREFETCH = tl.constexpr({constants.prefetch_bytes})  # of weights into the L2 cache, while attention is awaited",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         *ranks,
         "",

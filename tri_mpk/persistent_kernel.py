@@ -566,7 +566,7 @@ class PersistentKernel:
             tuning = self._tuned(num_kv_heads=1, head_dim=1)  # without attention its knobs mean nothing
             constants = kernel_constants(
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
-                self.profile, bool(dynamic), tuning.deferred_slots, tuning.prefetch_bytes, self.world_size,
+                self.profile, bool(dynamic), tuning.prefetch_bytes, self.world_size,
             )  # fmt: skip
             self.program = plan(self.calls, self.tensors, tuning, constants, self.rank)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":

@@ -12,7 +12,7 @@ import torch
 
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
-from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
+from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, SCRATCH_BYTES, STREAM_BYTES
 from tri_mpk.ops.op import Machine, OpCall, Policy, TensorHandle
 from tri_mpk.scheduler.descriptor import CounterLayout, PackedQueues, pack
 from tri_mpk.scheduler.device import SHARED_BYTES
@@ -24,6 +24,7 @@ from tri_mpk.scheduler.verify import Report, verify
 from tri_mpk.tuning import Tuning
 
 NUM_WARPS = 16
+LEAST_SLOTS = 3  # of a weight ring: one that is read, one that waits to be refilled, one on its way
 COMPILE_OPTIONS = {
     "num_warps": NUM_WARPS,
     "maxnreg": 65536 // (32 * NUM_WARPS),  # all there are: else ptxas may spill to make room for a second block
@@ -80,7 +81,6 @@ def kernel_constants(
     has_bulk_copies: bool,
     profile: bool = False,
     pools: bool = False,
-    deferred_slots: int = 0,
     prefetch_bytes: int = 0,
     ranks: int = 1,
 ) -> KernelConstants:
@@ -89,10 +89,10 @@ def kernel_constants(
     ring = has_bulk_copies and weight_dtype.itemsize == 2 and not any(length % align for length in row_lengths)
     block_n, block_k = (256, 64) if portable else (NUM_WARPS, 256)
     if not ring:
-        deferred_slots = prefetch_bytes = 0
+        prefetch_bytes = 0
     return KernelConstants(
         weight_dtype, ring, block_n, block_k, portable, profile, pools,
-        deferred_slots=deferred_slots, prefetch_bytes=prefetch_bytes, ranks=ranks,
+        prefetch_bytes=prefetch_bytes, ranks=ranks,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class SharedMemoryPlan:
 
     @classmethod
     def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:
-        """As many slots as fit under `limit`. Raises DeviceError when not even three and those that wait do."""
+        """As many slots as fit under `limit`. Raises DeviceError when not even three do."""
         streams = [task.stream for task in program.graph.tasks if task.stream]
         if not program.constants.ring or not streams:
             base = -(-compiler_bytes // 128) * 128
@@ -116,13 +116,12 @@ class SharedMemoryPlan:
         queues = program.schedule.static_queues()
         num_streams = max(sum(program.graph.tasks[t].stream is not None for t in queue) for queue in queues)
         base = -(-(compiler_bytes + num_streams * STREAM_BYTES.value) // 128) * 128
-        fixed = base + RING_OFFSET.value
+        fixed = base + RING_OFFSET.value + SCRATCH_BYTES.value
         slots = min((limit - fixed) // slot, MAX_SLOTS.value)
-        needed = 3 + program.constants.deferred_slots
-        if slots < needed:
+        if slots < LEAST_SLOTS:
             raise DeviceError(
                 f"{limit} bytes of shared memory hold {max(slots, 0)} slots of {slot} bytes beside {fixed} others, but"
-                f" the weight ring needs {needed}; this model's rows are too long for this GPU"
+                f" the weight ring needs {LEAST_SLOTS}; this model's rows are too long for this GPU"
             )
         return cls(base, slots, slot, fixed + slots * slot)
 

@@ -175,8 +175,7 @@ def knob_values(gpu: GpuProfile, shape: DecoderShape, start: Tuning, ring: bool)
     whole_heads = gpu.num_sms // heads * heads  # so many that every worker has equally many splits
     return {
         "slot_bytes": [n for n in powers if MIN_SLOT_BYTES <= n <= MAX_SLOT_BYTES] if ring else [start.slot_bytes],
-        "prefetch_bytes": [0, 64 << 10, 128 << 10, 256 << 10] if ring else [0],
-        "deferred_slots": [0, 1, 2] if ring else [0],
+        "prefetch_bytes": [0, 128 << 10, 256 << 10, 512 << 10, 1 << 20] if ring else [start.prefetch_bytes],
         "num_splits": sorted(n for n in splits if n),
         "split_tokens": sorted({64, 128, 256, 512, 1024, start.split_tokens}),
         "block_kv": [n for n in powers if MIN_BLOCK_KV <= n <= largest_block_kv(shape.head_dim)],

@@ -15,6 +15,7 @@ from tri_mpk.ops.op import next_power_of_2
 
 MIN_SLOT_BYTES, MAX_SLOT_BYTES = 4 << 10, 64 << 10
 MAX_PREFETCH_BYTES = 1 << 20
+PREFETCH_BYTES = 512 << 10  # more than memory brings a worker while attention over short contexts is awaited
 MIN_RING_SLOTS = 6  # of which one is read and one waits to be refilled
 MIN_BLOCK_KV = 16  # the least that tl.dot takes
 MAX_BLOCK_KV = 32
@@ -35,8 +36,7 @@ class Tuning:
     block_kv: int  # tokens of the KV cache that attention loads at once
     num_splits: int  # parts of the KV length per KV head, at most
     split_tokens: int  # of a part at least, while there are fewer parts than that
-    deferred_slots: int = 0  # of the weight ring, that a task leaves for the next one to refill
-    prefetch_bytes: int = 0  # of weights that each worker asks of the L2 cache while it waits for attention
+    prefetch_bytes: int = 0  # of weights at most that each worker has L2 fetch while it waits for attention
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,8 +53,6 @@ class Tuning:
             value = getattr(self, name)
             if not least <= value <= most or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two from {least} to {most}")
-        if self.deferred_slots < 0:
-            raise ValueError(f"deferred_slots={self.deferred_slots} must be at least 0")
         if not 0 <= self.prefetch_bytes <= MAX_PREFETCH_BYTES or self.prefetch_bytes % 16:
             raise ValueError(
                 f"prefetch_bytes={self.prefetch_bytes} must be a multiple of 16 from 0 to {MAX_PREFETCH_BYTES}"
@@ -84,6 +82,7 @@ def choose_tuning(gpu: GpuProfile, num_kv_heads: int, head_dim: int, num_workers
         block_kv=largest_block_kv(head_dim),
         num_splits=choose_num_splits(num_workers, num_kv_heads),
         split_tokens=max(1, SPLIT_BYTES // (4 * head_dim)),
+        prefetch_bytes=PREFETCH_BYTES,
     )
 
 

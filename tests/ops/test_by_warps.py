@@ -41,8 +41,8 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "slots", "deferred"), [("llama", 3, 0), ("qwen3, long rows", 6, 2)])
-def test_a_decoder_on_weight_rings_equals_transformers(name: str, slots: int, deferred: int):
+@pytest.mark.parametrize(("name", "slots", "prefetch_bytes"), [("llama", 3, 0), ("qwen3, long rows", 6, 40960)])
+def test_a_decoder_on_weight_rings_equals_transformers(name: str, slots: int, prefetch_bytes: int):
     """Two workers, a prompt (lm_head's rows are skipped) and some tokens; logits of the last step."""
     config = CONFIGS[name]
     exact = transformers_model(config)
@@ -54,7 +54,7 @@ def test_a_decoder_on_weight_rings_equals_transformers(name: str, slots: int, de
     kernel = PersistentKernel(num_workers=2, meta_tensors=[torch.zeros(1, dtype=torch.int32), tokens])
     kernel.has_bulk_copies = True
     tuning = kernel._tuned(config.num_key_value_heads, config.head_dim)
-    kernel.tuning = dataclasses.replace(tuning, deferred_slots=deferred, prefetch_bytes=2048 * deferred)
+    kernel.tuning = dataclasses.replace(tuning, prefetch_bytes=prefetch_bytes)
     build(kernel, describe(config, PAGE_SIZE), theirs, PAGE_SIZE, progress=False)
     program = kernel.plan()
     assert program.constants.ring and program.constants.portable
