@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
-from tri_mpk.ops.gemv import block_rows, dot_rows, prefetch_rows, slot_rows, thread_place
+from tri_mpk.ops.gemv import block_rows, dot_rows, own_columns, prefetch_rows, slot_rows
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
-from tri_mpk.ops.warps import load_eight, load_word
+from tri_mpk.ops.warps import LANES, WARPS, load_eight, load_word
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Address, Task
 
@@ -30,19 +30,16 @@ def merge_splits(
     x, top, total, parts_ptr, lse_ptr, first_split, num_splits,
     K: tl.constexpr, DH: tl.constexpr, SLOT_ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """COUNT more splits for a thread's part of the vector; per 256 columns: 8 sums, the largest lse, the weights' sum.
+    """COUNT more splits for a thread's part of the vector; per part: 8 sums, the largest lse, the weights' sum.
 
     All loads are under way together.
     """
-    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-    COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-    row, segment, first = thread_place(K, SLOT_ROWS)
     lse = ()
     parts = ()
-    for i in tl.static_range((COLS + 255) // 256):
-        col = segment * COLS + 256 * i + first
+    for i in tl.static_range(len(top)):
+        col, is_there = own_columns(i, K, SLOT_ROWS)
         for s in tl.static_range(COUNT):
-            wanted = (256 * i + first < COLS) & (col < K) & (first_split + s < num_splits)
+            wanted = is_there & (first_split + s < num_splits)
             at = first_split + s
             word = load_word(lse_ptr + at * (K // DH) + col // DH, wanted.to(tl.int32))
             lse = lse + (tl.where(wanted, word.to(tl.float32, bitcast=True), float("-inf")),)
@@ -50,7 +47,7 @@ def merge_splits(
     new_x = ()
     new_top = ()
     new_total = ()
-    for i in tl.static_range((COLS + 255) // 256):
+    for i in tl.static_range(len(top)):
         highest = top[i]
         for s in tl.static_range(COUNT):
             highest = tl.maximum(highest, lse[i * COUNT + s])
@@ -77,14 +74,13 @@ def load_merged(
 ):
     """A thread's part of the merged vector [K] in fp32 registers, as `load_segment` loads one."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        row, segment, first = thread_place(K, SLOT_ROWS)
-        zero = tl.zeros(row.shape, tl.float32)
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
+        zero = tl.zeros([WARPS, LANES], tl.float32)
         x = ()
         top = ()
         total = ()
-        for _ in tl.static_range((COLS + 255) // 256):
+        for _ in tl.static_range(PARTS):
             top = top + (zero - 1e30,)  # finite: the difference of two must be a number
             total = total + (zero,)
             for _ in tl.static_range(8):
@@ -95,7 +91,7 @@ def load_merged(
             for split in tl.range(0, num_splits, 4, num_stages=1):
                 x, top, total = merge_splits(x, top, total, parts_ptr, lse_ptr, split, num_splits, K, DH, SLOT_ROWS, 4)
         merged = ()
-        for i in tl.static_range((COLS + 255) // 256):
+        for i in tl.static_range(PARTS):
             inverse = 1.0 / tl.maximum(total[i], 1e-30)  # nothing but zeros where there is no column
             for e in tl.static_range(8):
                 merged = merged + (x[8 * i + e] * inverse,)

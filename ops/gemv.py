@@ -16,10 +16,16 @@ rows to request. The cursor walks the worker's streams by itself.
 Where a worker waits so long that its ring is full before the wait is over, L2 is the next place for weights to come to
 (`prefetch_rows`): memory would idle otherwise.
 
-The 16 warps share out a slot of R rows: each takes the same segment of columns of one or two rows in every slot, so
-that a thread holds its part of the activations in registers for the whole task, 8 columns per lane in every 256.
+Each of the 16 warps has a 16th of the columns of all R rows of a slot, the same in every slot, and cuts them into
+S = 16 / R segments, so that rows and segments together are the 16 rows of the tensor cores' A [16, 16] @ B [16, 8].
+The columns of B are x at those segments; of the product, only what A's row and B's column have of one segment counts.
 
-    R = 4    warps 0-7: rows 0 and 1, an eighth of the columns each    warps 8-15: rows 2 and 3
+    R = 4    A's row 4 r + s: row r, segment s of 4    B's columns 2 s and 2 s + 1: x at segment s
+
+x is rounded to 16 bits twice, what is left after the first time once more, and both products are added: 16 bits of it
+count, and products and sums are exact as in fp32. Where S <= 4 both are columns of one B, otherwise there are two. A
+thread holds its part of B in registers for the whole task. Which column of a segment is which row of B is free: each
+lane loads 8 in a row.
 
 Warps leave their sums in shared memory; after one barrier they are added up, row by row, in the order of the columns.
 
@@ -36,13 +42,17 @@ from tri_mpk.ops.warps import (
     LANES,
     WARPS,
     high_half,
+    lane_place,
     load_eight,
     low_half,
+    multiply_add,
+    pack_halves,
     read_float,
     read_words,
+    shuffle,
     thread_index,
     write_float,
-    write_lane_sums,
+    write_float_where,
 )
 from tri_mpk.scheduler.device import (
     CONTROL_RING_SLOTS,
@@ -56,7 +66,6 @@ from tri_mpk.scheduler.device import (
 
 MAX_SLOTS = tl.constexpr(16)
 MAX_MATRICES = tl.constexpr(4)  # that one prefetch reaches into
-PREFETCHER = tl.constexpr(480)  # the thread that prefetches, lane 0 of the last warp: the first one polls
 # Shared memory of ours, in bytes: task descriptors (scheduler/device.py), two barriers of 8 per slot (full, and 128 on,
 # empty), sums of squares, the pieces that are prefetched (two barriers and how many pieces there have been), row sums
 # (or what attention keeps there), the slots, where prefetched bytes go. The worker's streams lie in front of all that,
@@ -65,7 +74,8 @@ BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
 PIECES_OFFSET = tl.constexpr(832)
 SUMS_OFFSET = tl.constexpr(1024)
-SUMS_BYTES = tl.constexpr(8192)
+SUMS_ROWS = tl.constexpr(256)  # per warp
+SUMS_BYTES = tl.constexpr(16384)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
 SCRATCH_BYTES = tl.constexpr(4096)
@@ -294,14 +304,12 @@ def drain_ring(ring, RING: tl.constexpr):
                 phase ^= 1
         tl.inline_asm_elementwise(
             """{
-            .reg .pred p; .reg .u32 piece, at, parity;
+            .reg .pred p; .reg .u32 piece, left, at, x;
             setp.ne.u32 p, $2, 480; @p bra DONE;
-            ld.shared.b32 piece, [$1 + 16];
-            and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 parity, piece, 1, 1; xor.b32 parity, parity, 1;
-            POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [at], parity; @!p bra POLL;
-            xor.b32 at, piece, 1; and.b32 at, at, 1; shl.b32 at, at, 3; add.u32 at, at, $1;
-            add.u32 piece, piece, 1; bfe.u32 parity, piece, 1, 1; xor.b32 parity, parity, 1;
-            POLL2: mbarrier.try_wait.parity.shared::cta.b64 p, [at], parity; @!p bra POLL2;
+            ld.shared.b32 piece, [$1 + 16]; mov.u32 left, 2;
+            NEXT: and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 x, piece, 1, 1; xor.b32 x, x, 1;
+            POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [at], x; @!p bra POLL;
+            add.u32 piece, piece, 1; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
             DONE: mov.u32 $0, 0;
             }""",
             "=r,r,r",
@@ -319,51 +327,49 @@ def drain_ring(ring, RING: tl.constexpr):
 def prefetch_rows(task, event_ptr, epoch, ring, PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr):
     """Has L2 fetch what follows in the stream, PREFETCH bytes at most, until the task's event has fired.
 
-    One thread copies pieces of 32 KiB to where nobody reads them, two at a time: with more on their way, what others
-    load meanwhile waits behind them. Instructions that only prefetch are hints; an H200 drops most of so many.
+    One thread copies pieces of 32 KiB to where nobody reads them, two at a time: with more on their way, whatever else
+    is loaded meanwhile waits behind them. Instructions that only prefetch are hints; an H200 drops most of so many.
     """
     if RING and PREFETCH > 0:
         count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
         counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
         smem, slots, slot, phase, cursor = ring
-        is_prefetcher = thread_index() == PREFETCHER  # the other threads have nothing to wait for
-        wanted = tl.where(is_prefetcher & (count > 0), PREFETCH, 0)
+        wanted = slots * 0 + PREFETCH
+        over = tl.where(count > 0, 0, 1)  # of use to the thread that copies alone
         for _ in tl.range(0, MAX_MATRICES, num_stages=1):
             if wanted > 0:
                 num_bytes = tl.minimum(cursor[2], wanted)
-                fired = copy_pieces(
-                    smem, smem + RING_OFFSET + slots * RING, cursor[1], num_bytes, counter_ptr, epoch * count
-                )
-                wanted = tl.where(fired != 0, 0, wanted - num_bytes)
+                scratch = smem + RING_OFFSET + slots * RING
+                over = copy_pieces(smem, scratch, cursor[1], num_bytes, counter_ptr, epoch * count, over)
+                wanted -= num_bytes
                 cursor = advance(smem, cursor, num_bytes)
 
 
 @triton.jit
-def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count):
-    """1 as soon as the counter has come to `count`, 0 when all bytes are requested before."""
+def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count, over):
+    """Requests these bytes unless it is over, which it is when the counter has come to `count`."""
     return tl.inline_asm_elementwise(
-        # Piece i has barrier i % 2. A piece is requested as 4 KiB and 4 KiB, for the scratch area is not larger.
+        # Piece i has barrier i % 2; it is requested in parts as large as the scratch area.
         """{
-        .reg .pred p; .reg .s32 left, piece, size, part, seen; .reg .u32 at; .reg .u64 from, step;
+        .reg .pred p; .reg .s32 left, piece, size, part, x; .reg .u32 at; .reg .u64 from, step;
+        mov.s32 $0, $7; setp.ne.u32 p, $8, 480; @p bra DONE; setp.ne.s32 p, $7, 0; @p bra DONE;
         ld.shared.b32 piece, [$1 + 16]; mov.s32 left, $4; mov.u64 from, $3;
-        NEXT:
-        setp.le.s32 p, left, 0; @p bra ALL;
-        ld.relaxed.gpu.global.s32 seen, [$5]; sub.s32 seen, seen, $6; setp.ge.s32 p, seen, 0; @p bra FIRED;
-        and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 seen, piece, 1, 1; xor.b32 seen, seen, 1;
-        mbarrier.test_wait.parity.shared::cta.b64 p, [at], seen; @!p bra NEXT;
+        NEXT: setp.lt.s32 p, left, 1; @p bra NOTE;
+        ld.relaxed.gpu.global.s32 x, [$5]; sub.s32 x, x, $6; setp.ge.s32 p, x, 0; @p bra OVER;
+        and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 x, piece, 1, 1; xor.b32 x, x, 1;
+        mbarrier.test_wait.parity.shared::cta.b64 p, [at], x; @!p bra NEXT;
         min.s32 size, left, 32768; sub.s32 left, left, size; add.s32 piece, piece, 1;
         mbarrier.arrive.expect_tx.shared::cta.b64 _, [at], size;
-        PART:
-        min.s32 part, size, 4096;
+        PART: min.s32 part, size, 4096;
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [from], part, [at];
-        cvt.u64.u32 step, part; add.u64 from, from, step; sub.s32 size, size, part; setp.gt.s32 p, size, 0; @p bra PART;
-        bra NEXT;
-        FIRED: mov.u32 $0, 1; bra DONE;
-        ALL: mov.u32 $0, 0;
-        DONE: st.shared.b32 [$1 + 16], piece;
+        cvt.u64.u32 step, part; add.u64 from, from, step; sub.s32 size, size, part;
+        setp.gt.s32 p, size, 0; @p bra PART; bra NEXT;
+        OVER: mov.s32 $0, 1;
+        NOTE: st.shared.b32 [$1 + 16], piece;
+        DONE: mov.s32 $0, $0;
         }""",
-        "=&r,r,r,l,r,l,r",
-        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count],
+        "=&r,r,r,l,r,l,r,r,r",
+        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count, over, thread_index()],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -374,40 +380,64 @@ def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count):
 
 
 @triton.jit
-def thread_place(K: tl.constexpr, SLOT_ROWS: tl.constexpr):
-    """[WARPS, LANES], one element per thread: first row in a slot, segment, first column in the segment."""
-    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-    WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
-    warp = tl.arange(0, WARPS)[:, None] + tl.zeros([1, LANES], tl.int32)
-    lane = tl.zeros([WARPS, 1], tl.int32) + tl.arange(0, LANES)[None, :]
-    return warp // SEGMENTS * WARP_ROWS, warp % SEGMENTS, lane * 8
+def segment_columns(variant, block: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl.constexpr):
+    """[WARPS, LANES]: the first of the 8 columns that a lane has of 32, and whether there are any.
+
+    `variant`: the lane's segment of its warp's columns. Odd ones take pairs of blocks in the other order, so that lanes
+    that read at the same time find their words in other banks.
+    """
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    COLS: tl.constexpr = (K + 128 * SEGMENTS - 1) // (128 * SEGMENTS) * 8
+    warp, g, j = lane_place()
+    if (COLS + 31) // 32 % 2 == 0:
+        within = 32 * (block ^ (variant % 2)) + 8 * j
+    else:
+        within = 32 * block + 8 * j
+    col = (warp * SEGMENTS + variant % SEGMENTS) * COLS + within
+    return col, (within < COLS) & (col < K)
+
+
+@triton.jit
+def own_columns(part: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl.constexpr):
+    """`segment_columns` of part `part` of what a thread has of x, as B wants it: its column is the lane's g."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+    warp, g, j = lane_place()
+    if SEGMENTS >= 8:
+        variant = g + part // BLOCKS * 8
+    elif SEGMENTS == 4:
+        variant = g // 2
+    else:
+        variant = g // 2 % 2
+    return segment_columns(variant, part % BLOCKS, K, SLOT_ROWS)
 
 
 @triton.jit
 def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """A thread's part of a vector [K] in fp32 registers. A gain is loaded so before the wait, activations after it."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        row, segment, first = thread_place(K, SLOT_ROWS)
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
         values = ()
-        for start in tl.static_range(0, COLS, 256):
-            col = segment * COLS + start + first
-            values = values + load_eight(ptr + col, ((start + first < COLS) & (col < K)).to(tl.int32))
+        for part in tl.static_range(PARTS):
+            col, wanted = own_columns(part, K, SLOT_ROWS)
+            values = values + load_eight(ptr + col, wanted.to(tl.int32))
         return values
     else:
         return ()
 
 
 @triton.jit
-def scale_segment(ring, x, gain, RING: tl.constexpr):
-    """x * gain, part by part; leaves the sums of x^2 of all segments in shared memory."""
+def scale_segment(ring, x, gain, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """x * gain, part by part; leaves the sums of x^2 of all warps' columns in shared memory."""
     if RING:
         scaled = ()
         squares = tl.zeros([WARPS, LANES], tl.float32)
         for i in tl.static_range(len(x)):
             squares += x[i] * x[i]
             scaled = scaled + (x[i] * gain[i],)
+        if SLOT_ROWS > 2:  # so many lanes have the same columns
+            squares *= 2.0 / SLOT_ROWS
         write_float(ring[0] + SQUARES_OFFSET + tl.arange(0, WARPS) * 4, tl.sum(squares, axis=1))
         return scaled
     else:
@@ -415,36 +445,117 @@ def scale_segment(ring, x, gain, RING: tl.constexpr):
 
 
 @triton.jit
+def split_segment(x, SLOT_ROWS: tl.constexpr, WEIGHT: tl.constexpr):
+    """B's words, four per part: those of x rounded and those of the rest; of one B for both, what column g is of."""
+    UNIT: tl.constexpr = 1.0 if tl.bfloat16 == WEIGHT else 16.0  # float16 ends at 65504: see `multiply_slot`
+    warp, g, j = lane_place()
+    rounded = ()
+    rest = ()
+    for i in tl.static_range(0, len(x), 2):
+        a = x[i] / UNIT
+        b = x[i + 1] / UNIT
+        word = pack_halves(a, b, WEIGHT)
+        more = pack_halves(a - low_half(word, WEIGHT), b - high_half(word, WEIGHT), WEIGHT)
+        if SLOT_ROWS >= 4:
+            word = tl.where(g % 2 == 0, word, more)
+        rounded = rounded + (word,)
+        rest = rest + (more,)
+    return rounded, rest
+
+
+@triton.jit
+def multiply_slot(words, rounded, rest, SLOT_ROWS: tl.constexpr, BLOCKS: tl.constexpr, WEIGHT: tl.constexpr):
+    """What a lane has of the sums of A's rows g and g + 8: all of its segment in lanes where j is B's column."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    UNIT: tl.constexpr = 1.0 if tl.bfloat16 == WEIGHT else 16.0
+    warp, g, j = lane_place()
+    zero = tl.zeros([WARPS, LANES], tl.float32)
+    c = (zero, zero, zero, zero)
+    d = (zero, zero, zero, zero)
+    for block in tl.static_range(BLOCKS):
+        for i in tl.static_range(2):  # words 2 i and 2 i + 1 of the four that a lane has of a row
+            upper = words[8 * block + 2 * i : 8 * block + 2 * i + 2]
+            lower = words[8 * block + 2 * i + 4 : 8 * block + 2 * i + 6]
+            a = (upper[0], lower[0], upper[1], lower[1])
+            x = rounded[4 * block + 2 * i : 4 * block + 2 * i + 2]
+            x_rest = rest[4 * block + 2 * i : 4 * block + 2 * i + 2]
+            if SEGMENTS == 16:
+                c = multiply_add(multiply_add(c, a, x, WEIGHT), a, x_rest, WEIGHT)
+                x = rounded[4 * (BLOCKS + block) + 2 * i : 4 * (BLOCKS + block) + 2 * i + 2]
+                x_rest = rest[4 * (BLOCKS + block) + 2 * i : 4 * (BLOCKS + block) + 2 * i + 2]
+                d = multiply_add(multiply_add(d, a, x, WEIGHT), a, x_rest, WEIGHT)
+            elif SEGMENTS == 8:
+                c = multiply_add(c, a, x, WEIGHT)
+                d = multiply_add(d, a, x_rest, WEIGHT)
+            elif i == 0:
+                c = multiply_add(c, a, x, WEIGHT)
+            else:
+                d = multiply_add(d, a, x, WEIGHT)
+    if SEGMENTS == 16:  # A's rows g + 8 are segments g + 8, which only d has
+        upper = tl.where(g % 2 == 0, c[0], c[1])
+        lower = tl.where(g % 2 == 0, d[2], d[3])
+    elif SEGMENTS == 8:
+        upper = tl.where(g % 2 == 0, c[0] + d[0], c[1] + d[1])
+        lower = tl.where(g % 2 == 0, c[2] + d[2], c[3] + d[3])
+    else:
+        upper = (c[0] + d[0]) + (c[1] + d[1])
+        lower = (c[2] + d[2]) + (c[3] + d[3])
+    return upper * UNIT, lower * UNIT
+
+
+@triton.jit
+def write_row_sums(sums, upper, lower, SLOT_ROWS: tl.constexpr):
+    """Adds up the segments of each row and writes the sums of a slot's rows. `sums`: address of the warp's first one.
+
+    Neighbours in segment differ in g and, so that j stays B's column, in j: lanes 4 g + j and that XOR a mask.
+    """
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    warp, g, j = lane_place()
+    if SEGMENTS == 1:
+        write_float_where(sums + g * 4, upper, j == g % 2)
+        write_float_where(sums + (g + 8) * 4, lower, j == g % 2)
+    else:
+        if SEGMENTS == 16:
+            total = upper + lower
+            total += shuffle(total, 4)
+        else:  # even segments go on with A's row g, odd ones with row g + 8
+            total = tl.where(g % 2 == 0, upper, lower)
+            total += shuffle(tl.where(g % 2 == 0, lower, upper), 4 if SEGMENTS == 8 else 5)
+        if SEGMENTS >= 8:
+            total += shuffle(total, 9)
+            total += shuffle(total, 18)
+            write_float_where(sums + g * 4, total, (g < SLOT_ROWS) & (j == 0))
+        else:
+            if SEGMENTS == 4:
+                total += shuffle(total, 10)
+            row = g // SEGMENTS + g % 2 * (SLOT_ROWS // 2)
+            write_float_where(sums + row * 4, total, (j == g % SEGMENTS) & (j < 2))
+
+
+@triton.jit
 def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        WORDS: tl.constexpr = (COLS + 255) // 256 * 4
-        row, segment, first = thread_place(K, SLOT_ROWS)
-        offset = (row * K + segment * COLS + first) * 2
-        sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+        warp, g, j = lane_place()
+        rounded, rest = split_segment(x, SLOT_ROWS, WEIGHT)
+        variant = g % 2 if SEGMENTS == 1 else g % SEGMENTS
+        row = g // SEGMENTS  # in the slot, of A's row g; that of A's row g + 8 is half a slot on, if it is another one
+        sums = ring[0] + SUMS_OFFSET + warp * (SUMS_ROWS * 4) + place * 4
         for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
             await_slot(ring[0], ring[2], ring[3])
-            address = ring[0] + RING_OFFSET + ring[2] * RING + offset
+            address = ring[0] + RING_OFFSET + ring[2] * RING
             words = ()
-            for r in tl.static_range(WARP_ROWS):
-                for start in tl.static_range(0, COLS, 256):
-                    wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
-                    words = words + read_words(address + (r * K + start) * 2, wanted)
+            for block in tl.static_range(BLOCKS):
+                col, wanted = segment_columns(variant, block, K, SLOT_ROWS)
+                words = words + read_words(address + (row * K + col) * 2, wanted.to(tl.int32))
+                if SEGMENTS == 16:
+                    col, wanted = segment_columns(variant + 8, block, K, SLOT_ROWS)
+                words = words + read_words(address + ((row + SLOT_ROWS // 2) * K + col) * 2, wanted.to(tl.int32))
             ring = release_slot(ring, RING)
-            totals = ()
-            for r in tl.static_range(WARP_ROWS):
-                even = tl.zeros([WARPS, LANES], tl.float32)
-                odd = tl.zeros([WARPS, LANES], tl.float32)
-                for i in tl.static_range(WORDS):
-                    even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
-                    odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
-                totals = totals + (even + odd,)
-            at = sums + slot * (SLOT_ROWS * SEGMENTS * 4)
-            last: tl.constexpr = WARP_ROWS - 1  # a single row is summed up and written twice
-            write_lane_sums(at, at + last * (SEGMENTS * 4), totals[0], totals[last])
+            upper, lower = multiply_slot(words, rounded, rest, SLOT_ROWS, BLOCKS, WEIGHT)
+            write_row_sums(sums + slot * (SLOT_ROWS * 4), upper, lower, SLOT_ROWS)
     return ring
 
 
@@ -463,11 +574,10 @@ def row_sums(
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block` with x (times gain); any number beyond `num_rows`."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * (SEGMENTS * 4)
+        address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * 4
         total = tl.zeros([BLOCK_N], tl.float32)
-        for segment in tl.static_range(SEGMENTS):
-            total += read_float(address + segment * 4)
+        for warp in tl.static_range(WARPS):
+            total += read_float(address + warp * (SUMS_ROWS * 4))
         return total
     else:
         first = tl.cast(block, tl.int64) * BLOCK_N
@@ -507,10 +617,9 @@ def inverse_rms(
 ):
     """rsqrt(mean(x^2) + eps). With a ring: after `scale_segment` and a barrier."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
         total = read_float(ring[0] + SQUARES_OFFSET)
-        for segment in tl.static_range(1, SEGMENTS):
-            total += read_float(ring[0] + SQUARES_OFFSET + segment * 4)
+        for warp in tl.static_range(1, WARPS):
+            total += read_float(ring[0] + SQUARES_OFFSET + warp * 4)
     else:
         squares = tl.zeros([BLOCK_K], tl.float32)
         for start in tl.range(0, K, BLOCK_K, num_stages=1):
@@ -533,8 +642,4 @@ def slot_rows(k: int, machine: Machine) -> int:
 
 def block_rows(k: int, machine: Machine, matrices: int = 1) -> int:
     """BLOCK_N: rows whose dot products are finished at a time, of each of `matrices`."""
-    rows = slot_rows(k, machine)
-    if not rows:
-        return machine.block_n
-    segments = 16 if rows == 1 else 32 // rows
-    return min(512, SUMS_BYTES.value // (4 * segments)) // matrices
+    return (SUMS_ROWS.value if slot_rows(k, machine) else machine.block_n * matrices) // matrices

@@ -70,7 +70,7 @@ def lm_head_tile(
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
         ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)

@@ -37,7 +37,7 @@ def rank_lm_head_tile(
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
+    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, SLOT_ROWS, RING)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
         ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)

@@ -31,7 +31,7 @@ def rank_rmsnorm_gated_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
+    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, SLOT_ROWS, RING)
     keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
     ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)

@@ -31,7 +31,7 @@ def rank_rmsnorm_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, RING)
+    x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, SLOT_ROWS, RING)
     keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows_of_sum(

@@ -39,7 +39,7 @@ def rmsnorm_gated_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
     ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)

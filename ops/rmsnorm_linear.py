@@ -37,7 +37,7 @@ def rmsnorm_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
             ring,

@@ -129,6 +129,18 @@ def write_float(address, x):
 
 
 @triton.jit
+def write_float_where(address, x, wanted):
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,r,f,r",
+        [address, x, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def write_floats(address, a, b, c, d, wanted):
     tl.inline_asm_elementwise(
         """{
@@ -206,23 +218,13 @@ def high_halves(a, b):
 
 
 @triton.jit
-def write_lane_sums(address_a, address_b, a, b):
-    """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .f32 mine, other;
-        setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
-        shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-        setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r,f,f,r",
-        [address_a, address_b, a, b, thread_index() % LANES],
-        dtype=tl.int32,
+def shuffle(x, MASK: tl.constexpr):
+    """x of the lane whose number is this one's XOR MASK."""
+    return tl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {MASK}, 31, 0xffffffff;",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
         is_pure=False,
         pack=1,
     )

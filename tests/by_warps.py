@@ -15,7 +15,7 @@ import triton.language as tl
 import ptx_emulator
 from tri_mpk.ops.attention import ATTENTION, attention_tile
 from tri_mpk.ops.attention_output import load_merged
-from tri_mpk.ops.gemv import thread_place
+from tri_mpk.ops.gemv import own_columns
 
 PAGE = 128
 NUM_PAGES = 3
@@ -41,14 +41,10 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(parts_ptr, lse_ptr, out_ptr, num_splits, K: tl.constexpr, DH: tl.constexpr, SLOT_ROWS: tl.constexpr):
-    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-    COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, True)
-    row, segment, first = thread_place(K, SLOT_ROWS)
     for i in tl.static_range(len(x)):
-        col = segment * COLS + i // 8 * 256 + first + i % 8
-        mask = (i // 8 * 256 + first < COLS) & (col < K)
-        tl.store(out_ptr + col, x[i], mask=mask)
+        col, wanted = own_columns(i // 8, K, SLOT_ROWS)
+        tl.store(out_ptr + col + i % 8, x[i], mask=wanted)
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,24 @@ class Block:
         a, b, c = (self.integers(name) for name in operands[1:])
         self.write(operands[0], (a * b + c).astype(np.int32).view(np.uint32), active)
 
+    def _shl(self, suffixes, operands, active):
+        self.write(operands[0], self.read(operands[1]) << self.read(operands[2]) & np.uint64(0xFFFFFFFF), active)
+
+    def _and(self, suffixes, operands, active):
+        self.write(operands[0], self.read(operands[1]) & self.read(operands[2]), active)
+
+    def _xor(self, suffixes, operands, active):
+        self.write(operands[0], self.read(operands[1]) ^ self.read(operands[2]), active)
+
+    def _bfe(self, suffixes, operands, active):
+        x, begin, length = (self.read(name) for name in operands[1:])
+        self.write(operands[0], x >> begin & (np.uint64(1) << length) - np.uint64(1), active)
+
+    def _min(self, suffixes, operands, active):
+        assert suffixes == ["s32"]
+        value = np.minimum(self.integers(operands[1]), self.integers(operands[2]))
+        self.write(operands[0], value.astype(np.int32).view(np.uint32), active)
+
     def _sub(self, suffixes, operands, active):
         value = self.integers(operands[1]) - self.integers(operands[2])
         self.write(operands[0], value.astype(np.int32).view(np.uint32), active)
@@ -159,7 +177,7 @@ class Block:
     def _cvt(self, suffixes, operands, active):
         if suffixes == ["u16", "u32"]:
             value = self.read(operands[1]) & 0xFFFF
-        elif suffixes == ["u32", "u64"]:
+        elif suffixes in (["u32", "u64"], ["u64", "u32"]):
             value = self.read(operands[1]) & 0xFFFFFFFF
         else:
             assert suffixes == ["rn", "f16x2", "f32"], suffixes  # numpy has no bf16
@@ -179,6 +197,8 @@ class Block:
     def _add(self, suffixes, operands, active):
         if suffixes == ["f32"]:
             self.write(operands[0], self.floats(operands[1]) + self.floats(operands[2]), active)
+        elif suffixes == ["u64"]:
+            self.write(operands[0], self.read(operands[1]) + self.read(operands[2]), active)
         else:
             value = self.integers(operands[1]) + self.integers(operands[2])
             self.write(operands[0], value.astype(np.int32).view(np.uint32), active)
@@ -233,10 +253,6 @@ class Block:
 
     def _cp(self, suffixes, operands, active):
         assert suffixes[:2] == ["async", "bulk"]
-        if suffixes[2] == "prefetch":
-            for thread in np.flatnonzero(active):  # what is asked for must exist
-                ctypes.string_at(int(self.addresses(operands[0])[thread]), int(self.read(operands[1])[thread]))
-            return
         for thread in np.flatnonzero(active):
             to, source, barrier = (int(self.addresses(operands[i])[thread]) for i in (0, 1, 3))
             num_bytes = int(self.read(operands[2])[thread])
