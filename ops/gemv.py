@@ -262,16 +262,16 @@ def release_slot(ring, RING: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-    before = slot - 1
-    phase_before = phase
-    if before < 0:
-        before += slots
-        phase_before = phase ^ 1
-    cursor = request_rows(smem, before, phase_before, cursor, RING)
     slot += 1
     if slot == slots:
         slot = slots * 0
         phase ^= 1
+    older = slot - 2
+    older_phase = phase
+    if older < 0:
+        older += slots
+        older_phase = phase ^ 1
+    cursor = request_rows(smem, older, older_phase, cursor, RING)
     return (smem, slots, slot, phase, cursor)
 
 
@@ -331,31 +331,46 @@ def prefetch_rows(task, event_ptr, epoch, ring, PORTABLE: tl.constexpr, RING: tl
     is loaded meanwhile waits behind them. Instructions that only prefetch are hints; an H200 drops most of so many.
     """
     if RING and PREFETCH > 0:
-        count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
-        counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
         smem, slots, slot, phase, cursor = ring
-        wanted = slots * 0 + PREFETCH
-        over = tl.where(count > 0, 0, 1)  # of use to the thread that copies alone
-        for _ in tl.range(0, MAX_MATRICES, num_stages=1):
-            if wanted > 0:
-                num_bytes = tl.minimum(cursor[2], wanted)
-                scratch = smem + RING_OFFSET + slots * RING
-                over = copy_pieces(smem, scratch, cursor[1], num_bytes, counter_ptr, epoch * count, over)
-                wanted -= num_bytes
-                cursor = advance(smem, cursor, num_bytes)
+        count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
+        if is_prefetcher(count):
+            counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
+            wanted = slots * 0 + PREFETCH
+            for _ in tl.range(0, MAX_MATRICES, num_stages=1):
+                if wanted > 0:
+                    num_bytes = tl.minimum(cursor[2], wanted)
+                    scratch = smem + RING_OFFSET + slots * RING
+                    fired = copy_pieces(smem, scratch, cursor[1], num_bytes, counter_ptr, epoch * count)
+                    wanted = tl.where(fired != 0, 0, wanted - num_bytes)
+                    cursor = advance(smem, cursor, num_bytes)
 
 
 @triton.jit
-def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count, over):
-    """Requests these bytes unless it is over, which it is when the counter has come to `count`."""
+def is_prefetcher(count):
+    """In lane 0 of the last warp, for the first warp polls, if there is anything to wait for."""
+    return (
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 tid; mov.u32 tid, %tid.x; setp.eq.u32 p, tid, 480; selp.b32 $0, $1, 0, p; }",
+            "=r,r",
+            [count],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        > 0
+    )
+
+
+@triton.jit
+def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count):
+    """1 as soon as the counter has come to `count`, 0 if all bytes are requested before."""
     return tl.inline_asm_elementwise(
         # Piece i has barrier i % 2; it is requested in parts as large as the scratch area.
         """{
         .reg .pred p; .reg .s32 left, piece, size, part, x; .reg .u32 at; .reg .u64 from, step;
-        mov.s32 $0, $7; setp.ne.u32 p, $8, 480; @p bra DONE; setp.ne.s32 p, $7, 0; @p bra DONE;
         ld.shared.b32 piece, [$1 + 16]; mov.s32 left, $4; mov.u64 from, $3;
-        NEXT: setp.lt.s32 p, left, 1; @p bra NOTE;
-        ld.relaxed.gpu.global.s32 x, [$5]; sub.s32 x, x, $6; setp.ge.s32 p, x, 0; @p bra OVER;
+        NEXT: setp.lt.s32 p, left, 1; @p bra ALL;
+        ld.relaxed.gpu.global.s32 x, [$5]; sub.s32 x, x, $6; setp.ge.s32 p, x, 0; @p bra FIRED;
         and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 x, piece, 1, 1; xor.b32 x, x, 1;
         mbarrier.test_wait.parity.shared::cta.b64 p, [at], x; @!p bra NEXT;
         min.s32 size, left, 32768; sub.s32 left, left, size; add.s32 piece, piece, 1;
@@ -364,12 +379,12 @@ def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count, over):
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [from], part, [at];
         cvt.u64.u32 step, part; add.u64 from, from, step; sub.s32 size, size, part;
         setp.gt.s32 p, size, 0; @p bra PART; bra NEXT;
-        OVER: mov.s32 $0, 1;
-        NOTE: st.shared.b32 [$1 + 16], piece;
-        DONE: mov.s32 $0, $0;
+        FIRED: mov.s32 $0, 1; bra DONE;
+        ALL: mov.s32 $0, 0;
+        DONE: st.shared.b32 [$1 + 16], piece;
         }""",
-        "=&r,r,r,l,r,l,r,r,r",
-        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count, over, thread_index()],
+        "=&r,r,r,l,r,l,r",
+        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -533,6 +548,23 @@ def write_row_sums(sums, upper, lower, SLOT_ROWS: tl.constexpr):
 
 
 @triton.jit
+def read_slot(ring, variant, row, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """A lane's words of the slot to read, once it is full: four of A's row g and four of row g + 8 per block."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+    await_slot(ring[0], ring[2], ring[3])
+    address = ring[0] + RING_OFFSET + ring[2] * RING
+    words = ()
+    for block in tl.static_range(BLOCKS):
+        col, wanted = segment_columns(variant, block, K, SLOT_ROWS)
+        words = words + read_words(address + (row * K + col) * 2, wanted.to(tl.int32))
+        if SEGMENTS == 16:
+            col, wanted = segment_columns(variant + 8, block, K, SLOT_ROWS)
+        words = words + read_words(address + ((row + SLOT_ROWS // 2) * K + col) * 2, wanted.to(tl.int32))
+    return words
+
+
+@triton.jit
 def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
@@ -543,18 +575,20 @@ def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constex
         variant = g % 2 if SEGMENTS == 1 else g % SEGMENTS
         row = g // SEGMENTS  # in the slot, of A's row g; that of A's row g + 8 is half a slot on, if it is another one
         sums = ring[0] + SUMS_OFFSET + warp * (SUMS_ROWS * 4) + place * 4
-        for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[2], ring[3])
-            address = ring[0] + RING_OFFSET + ring[2] * RING
-            words = ()
-            for block in tl.static_range(BLOCKS):
-                col, wanted = segment_columns(variant, block, K, SLOT_ROWS)
-                words = words + read_words(address + (row * K + col) * 2, wanted.to(tl.int32))
-                if SEGMENTS == 16:
-                    col, wanted = segment_columns(variant + 8, block, K, SLOT_ROWS)
-                words = words + read_words(address + ((row + SLOT_ROWS // 2) * K + col) * 2, wanted.to(tl.int32))
+        num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
+        zero = tl.zeros([WARPS, LANES], tl.int32)
+        words = ()
+        for _ in tl.static_range(8 * BLOCKS):
+            words = words + (zero,)
+        if num_slots > 0:
+            words = read_slot(ring, variant, row, K, SLOT_ROWS, RING)
             ring = release_slot(ring, RING)
-            upper, lower = multiply_slot(words, rounded, rest, SLOT_ROWS, BLOCKS, WEIGHT)
+        for slot in tl.range(0, num_slots, num_stages=1):
+            now = words
+            if slot + 1 < num_slots:
+                words = read_slot(ring, variant, row, K, SLOT_ROWS, RING)
+                ring = release_slot(ring, RING)
+            upper, lower = multiply_slot(now, rounded, rest, SLOT_ROWS, BLOCKS, WEIGHT)
             write_row_sums(sums + slot * (SLOT_ROWS * 4), upper, lower, SLOT_ROWS)
     return ring
 

@@ -17,6 +17,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 THREADS = (16, 32)  # what has no inputs is the same in all threads, or says which thread it is
 NUM_THREADS = 512
+ALONE = 480  # the thread that prefetches
 SHARED_BYTES = 232448
 STREAMS_BYTES = 16 << 10  # of those, in front of address 0
 shared = np.zeros(SHARED_BYTES, np.uint8)
@@ -67,6 +68,8 @@ class Block:
         self.size = max((x.size for x in inputs), default=NUM_THREADS)
         self.registers = {f"${num_outputs + i}": np.broadcast_to(x.ravel(), self.size) for i, x in enumerate(inputs)}
         self.registers["%tid.x"] = np.arange(self.size, dtype=np.uint64)
+        if self.size == 1:  # what is done with scalars is the same in all threads, or done by one that acts alone
+            self.registers["%tid.x"] = np.full(1, ALONE, np.uint64)
 
     def read(self, name: str) -> np.ndarray:
         name = name.strip()

@@ -38,11 +38,22 @@ CONFIGS = {
                          num_key_value_heads=2, head_dim=32, vocab_size=200),
     "qwen3, long rows": tiny_config("qwen3", hidden_size=264, intermediate_size=1048, num_hidden_layers=1,
                                     num_attention_heads=3, num_key_value_heads=1, head_dim=64, vocab_size=72),
+    "llama, two rows": tiny_config("llama", hidden_size=520, intermediate_size=2056, num_hidden_layers=1,
+                                   num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=40),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "slots", "prefetch_bytes"), [("llama", 3, 0), ("qwen3, long rows", 6, 40960)])
-def test_a_decoder_on_weight_rings_equals_transformers(name: str, slots: int, prefetch_bytes: int):
+@pytest.mark.parametrize(
+    ("name", "slots", "slot_bytes", "slot_rows", "prefetch_bytes"),
+    [
+        ("llama", 3, 32768, {16}, 0),
+        ("qwen3, long rows", 6, 4096, {1, 4, 8}, 40960),
+        ("llama, two rows", 9, 4096, {1, 2, 8, 16}, 1 << 20),
+    ],
+)
+def test_a_decoder_on_weight_rings_equals_transformers(
+    name: str, slots: int, slot_bytes: int, slot_rows: set[int], prefetch_bytes: int
+):
     """Two workers, a prompt (lm_head's rows are skipped) and some tokens; logits of the last step."""
     config = CONFIGS[name]
     exact = transformers_model(config)
@@ -54,10 +65,11 @@ def test_a_decoder_on_weight_rings_equals_transformers(name: str, slots: int, pr
     kernel = PersistentKernel(num_workers=2, meta_tensors=[torch.zeros(1, dtype=torch.int32), tokens])
     kernel.has_bulk_copies = True
     tuning = kernel._tuned(config.num_key_value_heads, config.head_dim)
-    kernel.tuning = dataclasses.replace(tuning, prefetch_bytes=prefetch_bytes)
+    kernel.tuning = dataclasses.replace(tuning, slot_bytes=slot_bytes, prefetch_bytes=prefetch_bytes)
     build(kernel, describe(config, PAGE_SIZE), theirs, PAGE_SIZE, progress=False)
     program = kernel.plan()
     assert program.constants.ring and program.constants.portable
+    assert {task.stream.slot_rows for task in program.graph.tasks if task.stream} == slot_rows
     with mock.patch.object(InterpreterRuntime, "worker_script", TESTS / "emulated_worker.py"):
         kernel.compile()
     runtime = kernel.runtime
