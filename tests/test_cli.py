@@ -320,7 +320,7 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_sampling_defaults_are_neutralised_and_named(capsys: pytest.CaptureFixture):
     from transformers import GenerationConfig
 
-    from tri_mpk.cli import greedy_parameters
+    from tri_mpk.cli.text import greedy_parameters
 
     assert greedy_parameters(GenerationConfig(repetition_penalty=1.0)) == {}
     assert capsys.readouterr().err == ""
