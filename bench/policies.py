@@ -20,6 +20,8 @@ import ast
 import inspect
 import statistics
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -260,13 +262,20 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if options.uneven:
         measurements.append(partial(compare_uneven, options.num_tokens, options.launches))
+    failed = 0
     for measurement in measurements:
-        report = measurement()
-        report["commit"] = options.commit or report["commit"]
-        print_report(report)
-        print(f"  {save_report(report, options.out)}", flush=True)
+        start = time.perf_counter()
+        try:
+            report = measurement()
+        except Exception:  # the other geometries still count
+            traceback.print_exc()
+            failed += 1
+        else:
+            report["commit"] = options.commit or report["commit"]
+            print_report(report)
+            print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
         free_memory()
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
