@@ -170,7 +170,8 @@ def profile(
 
     The table is per step. fetch, wait, run, signal: mean over all workers; they add up to the step. critical: what the
     op takes of the longest chain of tasks and hops. GB/s: of the task's bytes while it runs, for all workers together;
-    attention counts a full cache.
+    attention counts a full cache. Under torchrun the table is of rank 0, and each rank writes a trace and a picture of
+    its own: trace.rank0.json.gz and so on.
 
     \b
     Examples:
@@ -198,6 +199,7 @@ def profile(
         dtype_name = str(lm.dtype).removeprefix("torch.")
         print(f"{name}: {dtype_name}, context {context}, {lm.kernel.num_workers} workers, {steps} steps")
         print_profile(result)
+    out, picture = (path and rank_file(path) for path in (out, picture))
     if out:
         with spinner(f"writing {out}", progress):
             result.to_perfetto(out)
@@ -245,6 +247,17 @@ def profiled_model(
     if resolve_device(device).type == "cpu":
         raise DeviceError("a geometry is too large for a CPU; use a CUDA GPU or a small model: tri-mpk profile MODEL")
     return tri_mpk.from_config(config, **options)
+
+
+def rank_file(path: str) -> str:
+    """`trace.rank1.json.gz` for rank 1 of several: each has a profile of its own workers."""
+    from tri_mpk.distributed import world
+
+    rank, world_size = world()
+    if world_size == 1:
+        return path
+    name, *suffixes = Path(path).name.split(".")
+    return str(Path(path).with_name(".".join([name, f"rank{rank}", *suffixes])))
 
 
 def ops_of(result: Profile) -> list[dict[str, Any]]:
