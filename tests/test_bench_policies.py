@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +77,22 @@ def test_waits_without_a_bound_give_the_same_tokens(script):
     program.source = script.unbounded(program.source)
     assert "CONTROL_WAIT_BOUND)" not in program.source and program.source.count("def poll_counter(") == 1
     assert torch.equal(ours.generate(prompt(3), max_new_tokens=3), theirs.generate(prompt(3), max_new_tokens=3))
+
+
+def test_the_kernel_without_bounds_is_there_only_meanwhile(script):
+    _, theirs = tiny_pair()
+    program = from_model(theirs, device="cpu", max_seq_len=16, num_workers=2, progress=False).kernel.plan()
+    runtime = SimpleNamespace(program=program, kernel="own", compiled="own, compiled", shared_memory="own plan")
+    runtime._compile = lambda: (f"{runtime.kernel.__module__}, compiled", "its plan")
+    without_bound = script.WithoutBound(runtime)
+    own = ("own", "own, compiled", "own plan")
+    assert (runtime.kernel, runtime.compiled, runtime.shared_memory) == own
+    for _ in range(2):
+        with without_bound():
+            kernel = runtime.kernel
+            assert (runtime.compiled, runtime.shared_memory) == (f"{kernel.__module__}, compiled", "its plan")
+            assert "def megakernel(" in kernel.src and kernel.__module__.startswith("megakernel_")
+        assert (runtime.kernel, runtime.compiled, runtime.shared_memory) == own
 
 
 def test_uneven_tasks(script, on_cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
