@@ -6,11 +6,12 @@ PYTHONPATH=. python bench/policies.py --uneven    # tasks whose sizes the host d
 Every kernel is planned, verified, compiled and, with a geometry, held against fp32 logits as in bench/run.py. Then they
 take turns, a launch each, so that whatever drifts hits all of them: `against` is the median, over the turns, of a
 kernel's time by that of the static one, less 1. `static again` is the same kernel once more: what differs there is
-noise. `static, unbounded` is the static one with waits that poll and do nothing else: no clock, no deadline, no abort.
+noise. `static, unbounded` is the static one, in the same memory, with waits that poll and do nothing else: no clock, no
+deadline, no abort flag. (That flag is still read once, at the end of a step.)
 
 --uneven: layers of tasks that read as many blocks of memory as their number in a tensor on the device says, as
 attention over sequences of different lengths does. Sizes are drawn from a Pareto distribution. The host takes all
-tasks for equal (static, dynamic), or knows the sizes (static, sizes known): what no schedule of the host could beat.
+tasks for equal (static, dynamic), or knows the sizes (static, sizes known), which is the best it can do beforehand.
 """
 
 from __future__ import annotations
@@ -247,14 +248,14 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", nargs="+", help="default: Llama-3.2-1B Qwen3-8B, or none with --uneven")
-    parser.add_argument("--context", nargs="+", type=int, default=[512, 4096])
+    parser.add_argument("--geometry", nargs="+", help="default: Llama-3.2-1B Qwen3-8B; with --uneven: none")
+    parser.add_argument("--context", nargs="+", type=int, default=[512, 4096], help="KV lengths; default: 512 4096")
     parser.add_argument("--uneven", action="store_true", help="the synthetic workload with tasks of uneven sizes")
-    parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch")
-    parser.add_argument("--launches", type=int, default=10, help="launches of each kernel that count")
+    parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch; default: 32")
+    parser.add_argument("--launches", type=int, default=10, help="launches of each kernel that count; default: 10")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--commit", help="to record where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the reports; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of reports; default: results/policies here")
     options = parser.parse_args(arguments)
     names = options.geometry or ([] if options.uneven else ["Llama-3.2-1B", "Qwen3-8B"])
     measurements = [
