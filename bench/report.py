@@ -3,7 +3,8 @@
     python bench/report.py           # writes both
     python bench/report.py --check   # fails if either is out of date
 
-Of several results for one geometry on one GPU the newest counts.
+Of several results for one geometry on one GPU the newest counts. Ranks that send each other another type than float32
+have rows of their own.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ class ReportError(Exception):
 
 
 def load_results(folder: Path) -> list[dict]:
-    """The newest report of each geometry and GPU, in order of GPU, then geometry."""
+    """The newest report of each row name and GPU, in order of GPU, then name."""
     newest: dict[tuple[str, str], dict] = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        key = (report["gpu"], report["geometry"])
+        key = (report["gpu"], row_name(report))
         if key not in newest or report["date"] > newest[key]["date"]:  # ISO 8601 in UTC sorts as text
             newest[key] = report
     return [newest[key] for key in sorted(newest)]
+
+
+def row_name(report: dict) -> str:
+    parts = report["settings"].get("reduce_dtype", "float32")
+    return report["geometry"] + (f" (parts in {parts})" if parts != "float32" else "")
 
 
 def to_csv(reports: list[dict]) -> str:
@@ -49,7 +55,7 @@ def to_csv(reports: list[dict]) -> str:
         for row in report["rows"]:
             writer.writerow(
                 [
-                    report["geometry"],
+                    row_name(report),
                     row["context"],
                     *(f"{row[name]:.4f}" for name in ("ms_p20", "ms_p50", "ms_p80")),
                     "ms/token",
@@ -72,7 +78,7 @@ def to_markdown(reports: list[dict]) -> str:
         mine = [report for report in reports if report["gpu"] == gpu]
         lines = [HEADER]
         for report in mine:
-            lines += [_table_row(report["geometry"], row) for row in report["rows"]]
+            lines += [_table_row(row_name(report), row) for row in report["rows"]]
         blocks += [_caption(mine), "\n".join(lines)]
     return "\n\n".join(blocks)
 
@@ -92,10 +98,10 @@ def _caption(reports: list[dict]) -> str:
     )
 
 
-def _table_row(geometry: str, row: dict) -> str:
+def _table_row(name: str, row: dict) -> str:
     baseline, speedup = row["baseline_ms_p50"], row["speedup"]
     cells = [
-        geometry,
+        name,
         str(row["context"]),
         f"{row['ms_p50']:.3f}",
         f"{row['ms_p20']:.3f} – {row['ms_p80']:.3f}",

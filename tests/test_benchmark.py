@@ -251,6 +251,21 @@ def test_report_needs_markers(bench: list[str], tmp_path: Path, text: str, capsy
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_parts_in_another_type_are_another_result(twins, tmp_path: Path):
+    model, hf_model = twins
+    subject = Subject("Tiny", hf_model, model, 32, 20, 4000.0, 1.0, 1.0, {})
+    names = []
+    for parts in ("bfloat16", "float32"):
+        report = subject.report([subject.row(37, {"ms_p20": 0.4, "ms_p50": 0.5, "ms_p80": 0.6})])
+        report["settings"]["reduce_dtype"] = parts
+        names.append(save_report(report, tmp_path).name)
+    assert names == ["Tiny_cpu_bfloat16-parts.json", "Tiny_cpu.json"]
+    reports = report_py.load_results(tmp_path)
+    assert [report_py.row_name(report) for report in reports] == ["Tiny", "Tiny (parts in bfloat16)"]
+    assert "| Tiny (parts in bfloat16) | 37 |" in report_py.to_markdown(reports)
+    assert report_py.to_csv(reports).splitlines()[2].startswith("Tiny (parts in bfloat16),37,")
+
+
 def test_report_without_results(tmp_path: Path):
     assert report_py.load_results(tmp_path / "none") == []
     assert report_py.to_markdown([]).startswith("No results yet")

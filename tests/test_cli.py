@@ -264,6 +264,17 @@ def test_profile_on_a_cpu(tmp_path: Path):
     assert {"qkv", "attention", "gate_up", "lm_head", "argmax"} <= {op["op"] for op in facts["ops"]}
 
 
+def test_each_rank_has_files_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    from tri_mpk.cli.measurements import rank_file
+
+    assert rank_file("out/trace.json.gz") == "out/trace.json.gz"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert rank_file("out/trace.json.gz") == f"out/trace.rank{rank}.json.gz"
+        assert rank_file("step.svg") == f"step.rank{rank}.svg"
+
+
 def test_profile_takes_as_many_steps_as_are_recorded():
     from tri_mpk.runtime import RECORDED_STEPS
 
@@ -320,7 +331,7 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_sampling_defaults_are_neutralised_and_named(capsys: pytest.CaptureFixture):
     from transformers import GenerationConfig
 
-    from tri_mpk.cli import greedy_parameters
+    from tri_mpk.cli.text import greedy_parameters
 
     assert greedy_parameters(GenerationConfig(repetition_penalty=1.0)) == {}
     assert capsys.readouterr().err == ""

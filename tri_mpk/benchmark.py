@@ -435,9 +435,13 @@ def compile_seconds(model: CausalLM) -> float:
 
 
 def save_report(report: dict[str, Any], folder: Path) -> Path:
-    """One file per geometry and GPU: a new run replaces the old one, git keeps the history."""
+    """One file per geometry, GPU and type that is not float32 of what ranks send each other: a new run replaces the old
+    one, git keeps the history.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{report['geometry']}_{report['gpu'].replace(' ', '-')}.json"
+    parts = report["settings"].get("reduce_dtype", "float32")
+    name = f"{report['geometry']}_{report['gpu'].replace(' ', '-')}" + (f"_{parts}-parts" if parts != "float32" else "")
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     return path
 
