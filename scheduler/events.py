@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from .boxes import is_empty
 from .graph import (
     MAX_SIGNALS,
     STEP_EVENT,
+    Box,
     Event,
     Events,
     EventTensor,
@@ -80,13 +81,18 @@ def derive_events(graph: TaskGraph, observe: Callable[[str, Draft], None] | None
 def _derive(draft: Draft) -> None:
     """Per task the tasks it conflicts with, but for those that a later writer of the same region hides."""
     graph = draft.graph
-    written = {region.tensor for task in graph.tasks for region in task.writes}
     by_value = _ByValue(draft)
-    histories: dict[str, AccessHistory] = defaultdict(AccessHistory)
+    written = {region.tensor for task in graph.tasks for region in task.writes}
+    accesses = [
+        [[r for r in side if r.tensor in written and not is_empty(r.box)] for side in (task.reads, task.writes)]
+        for task in graph.tasks
+    ]
+    boxes: dict[str, dict[Box, None]] = defaultdict(dict)
+    for region in chain.from_iterable(chain.from_iterable(accesses)):
+        boxes[region.tensor][region.box] = None
+    histories = {tensor: AccessHistory(some) for tensor, some in boxes.items() if tensor not in by_value.tensors}
     ancestors_of: dict[int, int] = {}  # equal sets share one object
-    for index, task in enumerate(graph.tasks):
-        reads = [r for r in task.reads if r.tensor in written and not is_empty(r.box)]
-        writes = [r for r in task.writes if not is_empty(r.box)]
+    for index, (reads, writes) in enumerate(accesses):
         if by_value.tensors:
             reads, writes = by_value.take(reads, writes)
         needed = implied = 0
@@ -94,17 +100,15 @@ def _derive(draft: Draft) -> None:
             direct, beyond = histories[region.tensor].before_read(region.box)
             needed |= direct
             implied |= beyond
-        overwritten = []
         for region in writes:
-            entries, direct, beyond = histories[region.tensor].before_write(region.box)
-            overwritten.append(entries)
+            direct, beyond = histories[region.tensor].before_write(region.box)
             needed |= direct
             implied |= beyond
         if by_value.tensors:
             needed, implied = by_value.needs(index, needed, implied)
         ancestors = ancestors_of.setdefault(needed & ~implied, needed | implied)
-        for region, entries in zip(writes, overwritten, strict=True):
-            histories[region.tensor].record_write(region.box, entries, index, ancestors)
+        for region in writes:
+            histories[region.tensor].record_write(region.box, index, ancestors)
         for region in reads:
             if region not in writes:  # its own write stands for the read
                 histories[region.tensor].record_read(region.box, index, ancestors)
