@@ -84,7 +84,7 @@ def overlaps(boxes: tuple[Box, ...]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=16)
 def cut_in_pieces(boxes: tuple[Box, ...]) -> dict[Box, list[int]]:
-    """Per box (all differ) the numbers of its pieces, of which no two overlap: `[0,8)` and `[4,12)` are 0, 1 and 1, 2."""
+    """Per box (all differ) the numbers of its pieces, no two of which overlap: `[0,8)`, `[4,12)` are 0, 1 and 0, 2."""
     pieces: list[Box] = []
     holders: list[list[int]] = []  # per piece the boxes it is part of
     found: list[list[int]] = [[] for _ in boxes]

@@ -136,7 +136,10 @@ class _ByValue:
     def needs(self, task: int, needed: int, implied: int) -> tuple[int, int]:
         """Adds what this task needs because of those regions, and notes what it needs in some steps."""
         regions = self.draft.graph.tasks[task]
-        sides = (regions.writes, True), (regions.reads, False)  # own writes are recorded first: they hide older accesses
+        sides = (
+            (regions.writes, True),
+            (regions.reads, False),
+        )  # own writes are recorded first: they hide others
         self.regions = [
             (r, is_write) for side, is_write in sides for r in side if r.tensor in self.tensors and not is_empty(r.box)
         ]

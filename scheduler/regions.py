@@ -55,6 +55,7 @@ def _batches(accesses: TensorAccesses, overlaps: list[np.ndarray]) -> Iterator[_
     used: set[int] = set()  # or uses at all
     for task, sides in accesses.by_task.items():
         reads, writes = sides
+        # what is looked at together fits the CPU's cache
         if size > 4096 or not (written.isdisjoint(reads) and used.isdisjoint(writes)):
             yield batch
             batch, size = _Batch(), 0
@@ -131,25 +132,24 @@ class RegionCheck:
         for batch in _batches(accesses, overlaps):
             tasks, which = np.array(batch.tasks), np.array(batch.accesses)
             boxes, is_write = np.array(list(batch.numbers)).T
-            self._require(tasks, which, [overlaps[box] for box in boxes.tolist()], is_write, last, seen)
+            near = [overlaps[box] for box in boxes.tolist()]
+            sizes = np.array([len(some) for some in near])
+            starts = np.cumsum(sizes) - sizes
+            conflicting = np.repeat(is_write, sizes), np.concatenate(near)
+            self._require(tasks, np.maximum.reduceat(last[conflicting], starts)[which])
+            self.num_pairs += int(np.add.reduceat(seen[conflicting], starts)[which].sum())
             boxes, is_write = boxes[which], is_write[which]
             for kind, some in enumerate((is_write == 1, is_write >= 0)):
                 places = boxes[some] * len(self.chains) + self.chain[tasks[some]]
                 np.maximum.at(last[kind].reshape(-1), places, self.reached[tasks[some]])
                 seen[kind] += np.bincount(boxes[some], minlength=num_boxes)
 
-    def _require(
-        self, tasks: np.ndarray, which: np.ndarray, near: list[np.ndarray], kinds: np.ndarray, last: np.ndarray, seen: np.ndarray
-    ) -> None:
-        """Each task may run only when all are done that have used what it conflicts with so far."""
-        sizes = np.array([len(boxes) for boxes in near])
-        kinds, boxes, starts = np.repeat(kinds, sizes), np.concatenate(near), np.cumsum(sizes) - sizes
-        needed = np.maximum.reduceat(last[kinds, boxes], starts)[which]
+    def _require(self, tasks: np.ndarray, needed: np.ndarray) -> None:
+        """Each of `tasks` may run only when the first `needed` tasks of every chain are done."""
         late = self.order.done_before[tasks] < needed
         if late.any():
             row, chain = np.argwhere(late)[0].tolist()
             raise self._race(self.chains[chain][needed[row, chain] - 1], int(tasks[row]))
-        self.num_pairs += int(np.add.reduceat(seen[kinds, boxes], starts)[which].sum())
 
     def _race(self, first: int, second: int) -> RaceError:
         """`first` comes first in program order."""
