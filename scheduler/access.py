@@ -47,7 +47,7 @@ class AccessHistory:
         """Accesses that a read of `box` must wait for."""
         if box not in self._read_answer:
             accesses = {self._write[piece] for piece in self._pieces[box]} - {None}
-            self._read_answer[box] = [Access(*union(accesses))] if accesses else []
+            self._read_answer[box] = [Access(*union(accesses))] if len(accesses) > 1 else [*accesses]
         return self._read_answer[box]
 
     def before_write(self, box: Box) -> set[Access]:
