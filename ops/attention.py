@@ -26,7 +26,7 @@ from tri_mpk.ops.attention_by_warps import attend_by_warps
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
 from tri_mpk.ops.rotary import load_head, rotate_head
 from tri_mpk.scheduler.device import signal, wait
-from tri_mpk.scheduler.graph import Address, Task
+from tri_mpk.scheduler.graph import Task
 
 
 @triton.jit
@@ -193,6 +193,7 @@ def cut_attention(
         },
         pointers,
     )
+    addresses = cut.addresses()
     tables = tuple(t.whole() for t in (q_norm, k_norm, cos_pos_embed, sin_pos_embed, page_table) if t)
     cache_bytes = 2 * k_cache.dims[0] * page_size * head_dim * k_cache.dtype.itemsize
     for head in range(num_kv_heads):
@@ -212,8 +213,7 @@ def cut_attention(
                     reads=((q, k, v) if split == 0 else (q,)) + rows + tables,
                     writes=rows + (parts.box(own, heads), lse.box(own, heads)),
                     cost_bytes=cache_bytes // num_splits,
-                    fields={name: Address(tensor.name) for name, tensor in pointers.items()}
-                    | {"kv_head": head, "split": split},
+                    fields=addresses | {"kv_head": head, "split": split},
                 )
             )
     return cut

@@ -22,7 +22,7 @@ from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
 from tri_mpk.ops.warps import LANES, WARPS, load_eight, load_word
 from tri_mpk.scheduler.device import signal, wait
-from tri_mpk.scheduler.graph import Address, Task
+from tri_mpk.scheduler.graph import Task
 
 
 @triton.jit
@@ -186,9 +186,10 @@ def cut_attention_output(
         pointers,
     )
     everything = ((0, num_splits), (0, num_heads))
+    whole, addresses = (parts.box(*everything), lse.box(*everything)), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
         stream = linear_stream(weight, lo, hi, machine)
-        reads = (parts.box(*everything), lse.box(*everything), weight.span(lo * k, hi * k), residual.span(lo, hi))
+        reads = (*whole, weight.span(lo * k, hi * k), residual.span(lo, hi))
         cut.tasks.append(
             Task(
                 op=0,
@@ -196,8 +197,7 @@ def cut_attention_output(
                 reads=reads + ((bias.span(lo, hi),) if bias else ()),
                 writes=(output.span(lo, hi),),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields={name: Address(tensor.name) for name, tensor in pointers.items()}
-                | {"weight_addr": stream.start, "row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"weight_addr": stream.start, "row0": lo, "num_rows": hi - lo},
                 stream=stream,
             )
         )

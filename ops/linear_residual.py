@@ -19,7 +19,7 @@ from tri_mpk.ops.gemv import (
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
 from tri_mpk.scheduler.device import signal, wait
-from tri_mpk.scheduler.graph import Address, Task
+from tri_mpk.scheduler.graph import Task
 
 
 @triton.jit
@@ -79,9 +79,10 @@ def cut_linear_residual(
         },
         {"x_ptr": input, "bias_ptr": bias or input, "residual_ptr": residual, "y_ptr": output},
     )
+    whole, addresses = input.whole(), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
         stream = linear_stream(weight, lo, hi, machine)
-        reads = (input.whole(), weight.span(lo * k, hi * k), residual.span(lo, hi))
+        reads = (whole, weight.span(lo * k, hi * k), residual.span(lo, hi))
         cut.tasks.append(
             Task(
                 op=0,
@@ -89,15 +90,7 @@ def cut_linear_residual(
                 reads=reads + ((bias.span(lo, hi),) if bias else ()),
                 writes=(output.span(lo, hi),),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields={
-                    "x_ptr": Address(input.name),
-                    "weight_addr": stream.start,
-                    "bias_ptr": Address((bias or input).name),
-                    "residual_ptr": Address(residual.name),
-                    "y_ptr": Address(output.name),
-                    "row0": lo,
-                    "num_rows": hi - lo,
-                },
+                fields=addresses | {"weight_addr": stream.start, "row0": lo, "num_rows": hi - lo},
                 stream=stream,
             )
         )

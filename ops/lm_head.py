@@ -28,7 +28,7 @@ from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream, rmsnorm_torch
 from tri_mpk.ops.warps import read_float, write_float
 from tri_mpk.scheduler.device import CONTROL_LOGITS_FROM, CONTROL_LOGITS_STRIDE, signal, wait
-from tri_mpk.scheduler.graph import Address, Task
+from tri_mpk.scheduler.graph import Task
 
 
 @triton.jit
@@ -132,6 +132,7 @@ def cut_lm_head(
             "best_index_ptr": best_index,
         },
     )
+    whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(vocab_size, best_value.numel)):
         stream = linear_stream(weight_linear, lo, hi, machine)
         weight_rows = weight_linear.span(lo * hidden_size, hi * hidden_size)
@@ -139,19 +140,10 @@ def cut_lm_head(
             Task(
                 op=0,
                 tile=(i,),
-                reads=(input.whole(), weight_norm.whole(), weight_rows),
+                reads=(*whole, weight_rows),
                 writes=(best_value.span(i, i + 1), best_index.span(i, i + 1)),
                 cost_bytes=(hi - lo) * hidden_size * weight_linear.dtype.itemsize,
-                fields={
-                    "x_ptr": Address(input.name),
-                    "gain_ptr": Address(weight_norm.name),
-                    "weight_addr": stream.start,
-                    "best_value_ptr": Address(best_value.name),
-                    "best_index_ptr": Address(best_index.name),
-                    "part": i,
-                    "row0": lo,
-                    "num_rows": hi - lo,
-                },
+                fields=addresses | {"weight_addr": stream.start, "part": i, "row0": lo, "num_rows": hi - lo},
                 stream=stream,
             )
         )

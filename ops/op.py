@@ -17,7 +17,7 @@ from enum import Enum
 import torch
 from triton.runtime.jit import JITFunction
 
-from tri_mpk.scheduler.graph import Region, Task, Value
+from tri_mpk.scheduler.graph import Address, Region, Task, Value
 
 KERNEL_PARAMETERS = (
     "task", "event_ptr", "control_ptr", "logits_ptr", "mailbox_ptr", "epoch", "step", "step_ptr", "ring",
@@ -81,6 +81,10 @@ class Cut:
     pointers: dict[str, TensorHandle]  # pointer field -> the tensor whose element type it has
     tasks: list[Task] = field(default_factory=list)
     values: dict[str, Value] = field(default_factory=dict)  # that its tasks write, or read as others left them
+
+    def addresses(self) -> dict[str, Address]:
+        """Fields that all tasks have in common: each pointer at the beginning of its tensor."""
+        return {name: Address(tensor.name) for name, tensor in self.pointers.items()}
 
 
 class Policy(Enum):

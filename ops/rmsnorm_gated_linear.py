@@ -84,6 +84,7 @@ def cut_rmsnorm_gated_linear(
     if machine.ring:  # a task is one block
         rounds = -(-num_rows // (num_tasks * block_rows(hidden_size, machine, matrices=2)))
         num_tasks = min(num_rows, num_tasks * rounds)
+    whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
         start, other = Address(weight_gate.name, lo * hidden_size), Address(weight_up.name, lo * hidden_size)
         span = (lo * hidden_size, hi * hidden_size)
@@ -91,18 +92,10 @@ def cut_rmsnorm_gated_linear(
             Task(
                 op=0,
                 tile=(i,),
-                reads=(input.whole(), weight_norm.whole(), weight_gate.span(*span), weight_up.span(*span)),
+                reads=(*whole, weight_gate.span(*span), weight_up.span(*span)),
                 writes=(output.span(lo, hi),),
                 cost_bytes=2 * (hi - lo) * hidden_size * weight_gate.dtype.itemsize,
-                fields={
-                    "x_ptr": Address(input.name),
-                    "gain_ptr": Address(weight_norm.name),
-                    "gate_addr": start,
-                    "up_addr": other,
-                    "h_ptr": Address(output.name),
-                    "row0": lo,
-                    "num_rows": hi - lo,
-                },
+                fields=addresses | {"gate_addr": start, "up_addr": other, "row0": lo, "num_rows": hi - lo},
                 stream=WeightStream(start, hi - lo, hidden_size, slot_rows(hidden_size, machine), second=other),
             )
         )

@@ -93,9 +93,10 @@ def cut_rmsnorm_linear(
         {"x_ptr": input, "gain_ptr": weight_norm, "bias_ptr": bias or weight_norm, "y_ptr": output},
     )
     num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
         stream = linear_stream(weight_linear, lo, hi, machine)
-        reads = (input.whole(), weight_norm.whole(), weight_linear.span(lo * hidden_size, hi * hidden_size))
+        reads = (*whole, weight_linear.span(lo * hidden_size, hi * hidden_size))
         cut.tasks.append(
             Task(
                 op=0,
@@ -103,15 +104,7 @@ def cut_rmsnorm_linear(
                 reads=reads + ((bias.span(lo, hi),) if bias else ()),
                 writes=(output.span(lo, hi),),
                 cost_bytes=(hi - lo) * hidden_size * weight_linear.dtype.itemsize,
-                fields={
-                    "x_ptr": Address(input.name),
-                    "gain_ptr": Address(weight_norm.name),
-                    "weight_addr": stream.start,
-                    "bias_ptr": Address((bias or weight_norm).name),
-                    "y_ptr": Address(output.name),
-                    "row0": lo,
-                    "num_rows": hi - lo,
-                },
+                fields=addresses | {"weight_addr": stream.start, "row0": lo, "num_rows": hi - lo},
                 stream=stream,
             )
         )

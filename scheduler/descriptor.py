@@ -161,17 +161,20 @@ def pack(
     num_records = num_queued + sum(map(len, schedule.pools))
     counters = CounterLayout(events, schedule, graph.values)
     counters.tables.check_fields(graph)
-    words = np.zeros((num_records, task_words), dtype=np.int64)
+    words = [[0] * task_words for _ in range(num_records)]  # an array's elements are slow to set one by one
     starts = np.zeros(len(schedule.queues) + 1, dtype=np.int32)
     tensor_index: dict[str, int] = {}
-    relocations: list[tuple[int, int, int]] = []
+    positions: list[int] = []
+    tensors: list[int] = []
+    signs: list[int] = []
 
     def put(record: int, word: int, value: int | Address, sign: int = 1) -> None:
         if isinstance(value, Address):
-            index = tensor_index.setdefault(value.tensor, len(tensor_index))
-            relocations.append((record * task_words + word, index, sign))
+            positions.append(record * task_words + word)
+            tensors.append(tensor_index.setdefault(value.tensor, len(tensor_index)))
+            signs.append(sign)
             value = value.offset and value.offset * itemsize[value.tensor]  # heaps have no element size
-        words[record, word] += sign * value
+        words[record][word] += sign * value
 
     def put_stream(record: int, stream: WeightStream) -> None:
         word, row_bytes = TASK_STREAM.value, stream.cols * itemsize[stream.start.tensor]
@@ -185,12 +188,12 @@ def pack(
 
     def put_task(i: int, task_idx: int) -> None:
         task = graph.tasks[task_idx]
-        words[i, TASK_VARIANT.value] = task.variant | task_idx << 32
+        words[i][TASK_VARIANT.value] = task.variant | task_idx << 32
         event = events.wait[task_idx]
         if event >= 0 and i < num_queued:  # a task of a pool is released when it has nothing to wait for any more
-            words[i, TASK_WAIT.value] = event * EVENT_STRIDE
-            words[i, TASK_WAIT_COUNT.value] = events.events[event].count
-        put_signals(i, events.signals[task_idx], graph.task_name(task_idx))
+            words[i][TASK_WAIT.value] = event * EVENT_STRIDE
+            words[i][TASK_WAIT_COUNT.value] = events.events[event].count
+        put_signals(i, events.signals[task_idx])
         for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
             value = task.fields[name]
             put(i, word, counters.tables.place(task_idx, value) if isinstance(value, EventUse) else value)
@@ -200,15 +203,15 @@ def pack(
                 put(i, TASK_PEERS.value + peer, Address(heap_name(peer)))
                 put(i, TASK_PEERS.value + peer, Address(heap_name(rank)), sign=-1)
 
-    def put_signals(i: int, targets: list[int], who: str) -> None:
+    def put_signals(i: int, targets: list[int]) -> None:
         signals = [e * EVENT_STRIDE + RELEASES.value * (e in counters.release) for e in targets]
-        assert len(signals) <= MAX_SIGNALS, f"{who} signals {len(signals)} events"
+        assert len(signals) <= MAX_SIGNALS, f"record {i} signals {len(signals)} events"
         a, b, c, d = signals + [-1] * (MAX_SIGNALS - len(signals))
-        words[i, TASK_SIGNALS.value] = (a & WORD_MASK) | b << 32
-        words[i, TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
+        words[i][TASK_SIGNALS.value] = (a & WORD_MASK) | b << 32
+        words[i][TASK_SIGNALS.value + 1] = (c & WORD_MASK) | d << 32
 
     def put_pool(i: int, worker: int, pool: int) -> None:
-        words[i, TASK_VARIANT.value] = POOL_VARIANT.value
+        words[i][TASK_VARIANT.value] = POOL_VARIANT.value
         size = len(schedule.pools[pool])
         fields = {
             POOL_TICKETS: counters.tickets(pool),
@@ -221,7 +224,7 @@ def pack(
             POOL_NAME: -1 - worker - (pool + 1) * STUCK_IN_POOL,
         }
         for word, value in fields.items():
-            words[i, word.value] = value
+            words[i][word.value] = value
 
     record = 0
     for worker, queue in enumerate(schedule.queues):
@@ -230,26 +233,33 @@ def pack(
         last_pool = max((slot for slot, entry in enumerate(queue) if entry < 0), default=-1)
         stream = 0
         for i in range(record, end):
-            words[i, TASK_STREAM_INDEX.value] = WORD_MASK | num_streams << 32
-            words[i, TASK_VARIANT.value] = words[i, TASK_SIGNALS.value : TASK_SIGNALS.value + 2] = -1
+            words[i][TASK_STREAM_INDEX.value] = WORD_MASK | num_streams << 32
+            words[i][TASK_VARIANT.value] = -1
+            words[i][TASK_SIGNALS.value : TASK_SIGNALS.value + 2] = -1, -1
             if not queue:
                 continue
             entry = queue[i - record]
             if entry < 0:
                 put_pool(i, worker, pool_entry(entry))
                 if i - record == last_pool:
-                    put_signals(i, [STEP_EVENT], "a pool")
+                    put_signals(i, [STEP_EVENT])
                 continue
             put_task(i, entry)
             task = graph.tasks[entry]
             if task.stream:
                 put_stream(i, task.stream)
-                words[i, TASK_STREAM_INDEX.value] = stream | num_streams << 32
+                words[i][TASK_STREAM_INDEX.value] = stream | num_streams << 32
                 stream += 1
         record = end
         starts[worker + 1] = record
     for i, task_idx in enumerate((task for tasks in schedule.pools for task in tasks), num_queued):
-        words[i, TASK_STREAM_INDEX.value] = WORD_MASK
+        words[i][TASK_STREAM_INDEX.value] = WORD_MASK
         put_task(i, task_idx)
-    columns = np.array(relocations, dtype=np.int64).reshape(-1, 3)
-    return PackedQueues(words, starts, columns[:, 0], columns[:, 1].astype(np.int32), columns[:, 2], list(tensor_index))
+    return PackedQueues(
+        np.array(words, dtype=np.int64),
+        starts,
+        np.array(positions, dtype=np.int64),
+        np.array(tensors, dtype=np.int32),
+        np.array(signs, dtype=np.int64),
+        list(tensor_index),
+    )

@@ -21,7 +21,7 @@ from itertools import combinations, groupby
 
 import numpy as np
 
-from .access import AccessHistory
+from .access import Access, AccessHistory, union
 from .boxes import is_empty
 from .graph import (
     MAX_SIGNALS,
@@ -79,35 +79,41 @@ def derive_events(graph: TaskGraph, observe: Callable[[str, Draft], None] | None
 
 def _derive(draft: Draft) -> None:
     """Per task the tasks it conflicts with, but for those that a later writer of the same region hides."""
-    graph = draft.graph
-    written = {region.tensor for task in graph.tasks for region in task.writes}
+    tasks = draft.graph.tasks
     by_value = _ByValue(draft)
+    written = {region.tensor for task in tasks for region in task.writes} - by_value.tensors
     histories: dict[str, AccessHistory] = defaultdict(AccessHistory)
+    accesses = []
+    for task in tasks:
+        sides = [], []
+        for side, regions in zip(sides, (task.reads, task.writes), strict=True):
+            for region in regions:
+                if region.tensor in written and not is_empty(region.box):
+                    history = histories[region.tensor]
+                    history.boxes[region.box] = None
+                    side.append((history, region.box))
+        accesses.append(sides)
+    for history in histories.values():
+        history.cut()
     ancestors_of: dict[int, int] = {}  # equal sets share one object
-    for index, task in enumerate(graph.tasks):
-        reads = [r for r in task.reads if r.tensor in written and not is_empty(r.box)]
-        writes = [r for r in task.writes if not is_empty(r.box)]
-        if by_value.tensors:
-            reads, writes = by_value.take(reads, writes)
-        needed = implied = 0
-        for region in reads:
-            direct, beyond = histories[region.tensor].before_read(region.box)
-            needed |= direct
-            implied |= beyond
-        overwritten = []
-        for region in writes:
-            entries, direct, beyond = histories[region.tensor].before_write(region.box)
-            overwritten.append(entries)
-            needed |= direct
-            implied |= beyond
+    for index, (reads, writes) in enumerate(accesses):
+        before: set[Access] = set()
+        for history, box in reads:
+            before.update(history.before_read(box))
+        for history, box in writes:
+            before |= history.before_write(box)
+        needed, implied = union(before)
         if by_value.tensors:
             needed, implied = by_value.needs(index, needed, implied)
-        ancestors = ancestors_of.setdefault(needed & ~implied, needed | implied)
-        for region, entries in zip(writes, overwritten, strict=True):
-            histories[region.tensor].record_write(region.box, entries, index, ancestors)
-        for region in reads:
-            if region not in writes:  # its own write stands for the read
-                histories[region.tensor].record_read(region.box, index, ancestors)
+        reduced = needed & ~implied
+        ancestors = ancestors_of.get(reduced)
+        if ancestors is None:
+            ancestors = ancestors_of[reduced] = needed | implied
+        for history, box in writes:
+            history.record_write(box, index, ancestors)
+        for history, box in reads:
+            if (history, box) not in writes:  # its own write stands for the read
+                history.record_read(box, index, ancestors)
         if by_value.tensors:
             by_value.record(index, ancestors)
         draft.direct.append(needed)
@@ -119,21 +125,24 @@ class _ByValue:
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self.tensors = guarded_tensors(draft.graph)
+        written = {region.tensor for task in draft.graph.tasks for region in task.writes}
+        self.tensors = guarded_tensors(draft.graph) & written
         self.announced = announcers(draft.graph)
         self.histories: dict[str, GuardedHistory] = defaultdict(GuardedHistory)
         self.so_far = WaitsSoFar()
         self.ancestors: list[int] = []  # per task
         self.regions: list[tuple[Region, bool]] = []  # of the present task, and whether it writes them
 
-    def take(self, reads: list[Region], writes: list[Region]) -> tuple[list[Region], list[Region]]:
-        """Returns the regions of other tensors."""
-        sides = (writes, True), (reads, False)  # own writes are recorded first: they make older accesses forgotten
-        self.regions = [(r, is_write) for side, is_write in sides for r in side if r.tensor in self.tensors]
-        return [r for r in reads if r.tensor not in self.tensors], [r for r in writes if r.tensor not in self.tensors]
-
     def needs(self, task: int, needed: int, implied: int) -> tuple[int, int]:
         """Adds what this task needs because of those regions, and notes what it needs in some steps."""
+        regions = self.draft.graph.tasks[task]
+        sides = (
+            (regions.writes, True),
+            (regions.reads, False),
+        )  # own writes are recorded first: they hide others
+        self.regions = [
+            (r, is_write) for side, is_write in sides for r in side if r.tensor in self.tensors and not is_empty(r.box)
+        ]
         conditional = []
         for region, is_write in self.regions:
             direct, beyond, some = self.histories[region.tensor].before(region, is_write)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import numpy as np
 
-from .boxes import first_uncovered, intersect, is_empty, region_text
+from .boxes import first_uncovered, intersect, is_empty, overlaps, region_text
 from .errors import MalformedScheduleError, RaceError, UnwrittenReadError, shared_text
 from .graph import Box, Events, TaskGraph
 from .order import Order
@@ -21,54 +24,71 @@ class TensorAccesses:
         self._numbers: dict[Box, int] = {}
 
     def add(self, task: int, box: Box, is_write: bool) -> None:
-        number = self._numbers.setdefault(box, len(self.boxes))
-        if number == len(self.boxes):
+        number = self._numbers.get(box)
+        if number is None:
+            number = self._numbers[box] = len(self.boxes)
             self.boxes.append(box)
-        numbers = self.by_task.setdefault(task, ([], []))[is_write]
+        if task not in self.by_task:
+            self.by_task[task] = [], []
+        numbers = self.by_task[task][is_write]
         if number not in numbers:
             numbers.append(number)
 
     def overlaps(self) -> list[np.ndarray]:
-        """Per box the numbers of all boxes that it intersects, itself included.
+        """Per box the numbers of all boxes that it intersects, itself included."""
+        return overlaps(tuple(self.boxes))
 
-        Boxes are sorted along the dimension in which they differ most, so that a chunk of them meets a short stretch of
-        the others when tiles are small, and at worst all of them.
-        """
-        bounds = np.array(self.boxes, dtype=np.int64).reshape(len(self.boxes), -1, 2)
-        if not bounds.size:  # scalars
-            return [np.zeros(1, dtype=np.int64)]
-        lo, hi = bounds[..., 0].T.copy(), bounds[..., 1].T.copy()
-        dim = max(range(len(lo)), key=lambda dim: len(np.unique(lo[dim])))
-        order = np.argsort(lo[dim], kind="stable")
-        lo, hi = lo[:, order], hi[:, order]
-        reach = np.maximum.accumulate(hi[dim])
-        found: list[np.ndarray] = [order] * len(order)
-        for start in range(0, len(order), 256):  # in chunks: memory stays linear
-            rows = slice(start, start + 256)
-            near = slice(
-                np.searchsorted(reach, lo[dim, start], side="right"),
-                np.searchsorted(lo[dim], hi[dim, rows].max(), side="left"),
-            )
-            hit = np.ones((len(order[rows]), len(order[near])), dtype=bool)
-            for i in range(len(lo)):
-                hit &= lo[i, rows, None] < hi[i, near]
-                hit &= hi[i, rows, None] > lo[i, near]
-            for box, row in zip(order[rows].tolist(), hit, strict=True):
-                found[box] = order[near][np.flatnonzero(row)]
-        return found
+
+@dataclass(slots=True)
+class _Batch:
+    """Tasks in a row of which none conflicts with another, once for each of their accesses."""
+
+    tasks: list[int] = field(default_factory=list)
+    accesses: list[int] = field(default_factory=list)  # as they are numbered here
+    numbers: dict[tuple[int, int], int] = field(default_factory=dict)  # (number of a box, 1 for a write) -> its own
+
+
+def _batches(accesses: TensorAccesses, overlaps: list[np.ndarray]) -> Iterator[_Batch]:
+    """All accesses in program order."""
+    batch, size = _Batch(), 0
+    written: set[int] = set()  # boxes that meet one which the batch writes
+    used: set[int] = set()  # or uses at all
+    for task, sides in accesses.by_task.items():
+        reads, writes = sides
+        # what is looked at together fits the CPU's cache
+        if size > 4096 or not (written.isdisjoint(reads) and used.isdisjoint(writes)):
+            yield batch
+            batch, size = _Batch(), 0
+            written.clear()
+            used.clear()
+        for is_write, boxes in enumerate(sides):
+            for box in boxes:
+                num_known = len(batch.numbers)
+                number = batch.numbers.setdefault((box, is_write), num_known)
+                if number == num_known:
+                    near = overlaps[box].tolist()
+                    size += len(near)
+                    used.update(near)
+                    if is_write:
+                        written.update(near)
+                batch.tasks.append(task)
+                batch.accesses.append(number)
+    yield batch
 
 
 def collect_accesses(graph: TaskGraph) -> list[TensorAccesses]:
     """One entry per tensor that can be used wrongly: weights, which nobody writes, cannot."""
-    written = {region.tensor for task in graph.tasks for region in task.writes}
+    matters = {name for name, info in graph.tensors.items() if not info.initialised}
+    matters.update(region.tensor for task in graph.tasks for region in task.writes)
+    num_dims = {name: len(info.dims) for name, info in graph.tensors.items()}
     accesses: dict[str, TensorAccesses] = {}
     for index, task in enumerate(graph.tasks):
         for regions, is_write in ((task.reads, False), (task.writes, True)):
-            for tensor, box in ((region.tensor, region.box) for region in regions):
-                info = graph.tensors.get(tensor)
-                if info is None or len(info.dims) != len(box):
+            for region in regions:
+                tensor, box = region.tensor, region.box
+                if num_dims.get(tensor) != len(box):
                     raise MalformedScheduleError(_coordinates_text(graph, index, tensor, box))
-                if (tensor in written or not info.initialised) and not is_empty(box):
+                if tensor in matters and not is_empty(box):
                     if tensor not in accesses:
                         accesses[tensor] = TensorAccesses(tensor)
                     accesses[tensor].add(index, box, is_write)
@@ -86,13 +106,15 @@ def _coordinates_text(graph: TaskGraph, task: int, tensor: str, box: Box) -> str
 class RegionCheck:
     """Proves that all conflicting accesses are ordered as in the program.
 
-    Per box and chain it keeps the last position that read or wrote the box so far. A queue
+    Per box and chain it keeps the last position that wrote the box so far, and that used it at all. A queue
     runs in order, as any chain does, so whoever comes after that position comes after all earlier ones too: one
-    comparison per chain settles all pairs.
+    comparison per chain settles all pairs. Tasks in a row that do not conflict with each other, as those of an op, are
+    looked at together.
     """
 
     def __init__(self, graph: TaskGraph, events: Events, order: Order) -> None:
         self.graph, self.events, self.chains, self.order = graph, events, order.chains, order
+        self.chain, self.reached = np.array(order.chain), np.array(order.position, dtype=np.int32) + 1  # per task
         self.num_pairs = 0
         self.num_regions_covered = 0
 
@@ -104,36 +126,30 @@ class RegionCheck:
 
     def _check_order(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
         num_boxes = len(accesses.boxes)
-        last = np.zeros((2, num_boxes, len(self.chains)), dtype=np.int32)  # [0] reads, [1] writes
+        # of writes, and of reads and writes: what a read and what a write conflicts with
+        last = np.zeros((2, num_boxes, len(self.chains)), dtype=np.int32)
         seen = np.zeros((2, num_boxes), dtype=np.int64)
-        num_accesses = [0] * num_boxes
-        before_read: dict[int, tuple[np.ndarray, int]] = {}  # holds until the next write
-        for task, (reads, writes) in accesses.by_task.items():
-            for box in reads:
-                if box not in before_read:
-                    near = overlaps[box]
-                    before_read[box] = last[1, near].max(axis=0), int(seen[1, near].sum())
-                self._require(task, *before_read[box])
-            for box in writes:
-                near = overlaps[box]
-                if any(num_accesses[i] for i in near.tolist()):  # most tiles are written before anybody else comes
-                    self._require(task, last[:, near].max(axis=(0, 1)), int(seen[:, near].sum()))
-            chain, reached = self.order.chain[task], self.order.position[task] + 1
-            for kind, boxes in enumerate((reads, writes)):
-                for box in boxes:
-                    last[kind, box, chain] = max(last[kind, box, chain], reached)
-                    seen[kind, box] += 1
-                    num_accesses[box] += 1
-            if writes:
-                before_read.clear()
+        for batch in _batches(accesses, overlaps):
+            tasks, which = np.array(batch.tasks), np.array(batch.accesses)
+            boxes, is_write = np.array(list(batch.numbers)).T
+            near = [overlaps[box] for box in boxes.tolist()]
+            sizes = np.array([len(some) for some in near])
+            starts = np.cumsum(sizes) - sizes
+            conflicting = np.repeat(is_write, sizes), np.concatenate(near)
+            self._require(tasks, np.maximum.reduceat(last[conflicting], starts)[which])
+            self.num_pairs += int(np.add.reduceat(seen[conflicting], starts)[which].sum())
+            boxes, is_write = boxes[which], is_write[which]
+            for kind, some in enumerate((is_write == 1, is_write >= 0)):
+                places = boxes[some] * len(self.chains) + self.chain[tasks[some]]
+                np.maximum.at(last[kind].reshape(-1), places, self.reached[tasks[some]])
+                seen[kind] += np.bincount(boxes[some], minlength=num_boxes)
 
-    def _require(self, task: int, needed: np.ndarray, num_pairs: int) -> None:
-        """`task` may run only when the first `needed` tasks of every chain are done."""
-        late = self.order.done_before[task] < needed
+    def _require(self, tasks: np.ndarray, needed: np.ndarray) -> None:
+        """Each of `tasks` may run only when the first `needed` tasks of every chain are done."""
+        late = self.order.done_before[tasks] < needed
         if late.any():
-            chain = int(late.argmax())
-            raise self._race(self.chains[chain][needed[chain] - 1], task)
-        self.num_pairs += num_pairs
+            row, chain = np.argwhere(late)[0].tolist()
+            raise self._race(self.chains[chain][needed[row, chain] - 1], int(tasks[row]))
 
     def _race(self, first: int, second: int) -> RaceError:
         """`first` comes first in program order."""
@@ -162,18 +178,18 @@ class RegionCheck:
 
     def _check_written(self, accesses: TensorAccesses, overlaps: list[np.ndarray]) -> None:
         """Call after `_check_order`: what comes earlier in the program is then done before."""
-        written = np.zeros(len(accesses.boxes), dtype=bool)
+        written: set[int] = set()
         covered: set[int] = set()  # stays so: nothing unwrites
         for task, (reads, writes) in accesses.by_task.items():
             for box in reads:
-                if box not in covered and not written[box]:
-                    near = [accesses.boxes[i] for i in overlaps[box] if written[i]]
+                if box not in covered and box not in written:
+                    near = [accesses.boxes[i] for i in overlaps[box].tolist() if i in written]
                     hole = first_uncovered(accesses.boxes[box], near)
                     if hole is not None:
                         raise self._unwritten(task, accesses, hole)
                     covered.add(box)
                 self.num_regions_covered += 1
-            written[writes] = True
+            written.update(writes)
 
     def _unwritten(self, task: int, accesses: TensorAccesses, hole: Box) -> UnwrittenReadError:
         name = self.graph.task_name

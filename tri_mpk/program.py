@@ -32,6 +32,19 @@ COMPILE_OPTIONS = {
 }
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Planning and packing make hundreds of thousands of objects and no garbage: looking for some takes a fifth of the
+    time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 @dataclass(slots=True)
 class Program:
     """All that is known about a kernel before it meets a device."""
@@ -53,6 +66,7 @@ class Program:
     def num_workers(self) -> int:
         return len(self.schedule.queues)
 
+    @without_garbage_collection()
     def pack(self) -> PackedQueues:
         return pack(
             self.graph,
@@ -124,18 +138,6 @@ class SharedMemoryPlan:
                 f" the weight ring needs {LEAST_SLOTS}; this model's rows are too long for this GPU"
             )
         return cls(base, slots, slot, fixed + slots * slot)
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """A plan makes hundreds of thousands of objects and no garbage: looking for some takes a fifth of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @without_garbage_collection()

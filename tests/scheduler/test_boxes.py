@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tri_mpk.scheduler.boxes import first_uncovered, intersect, subtract
+from tri_mpk.scheduler.boxes import cut_in_pieces, first_uncovered, intersect, subtract
 from tri_mpk.scheduler.graph import Box
 from tri_mpk.scheduler.regions import TensorAccesses
 
@@ -53,6 +53,16 @@ def test_subtract_and_intersect(a, b):
     assert (points(common) if common else set()) == points(a) & points(b)
     rest = [points(part) for part in subtract(a, b)]
     assert set().union(*rest) == points(a) - points(b) and sum(map(len, rest)) == len(points(a) - points(b))
+
+
+@given(st.integers(0, 3).flatmap(lambda dims: st.lists(boxes(dims), min_size=1, max_size=8, unique=True)))
+def test_boxes_share_pieces_where_they_share_points(some):
+    """A piece is known by the boxes it is part of, as a point is by those it lies in."""
+    pieces = cut_in_pieces(tuple(some))
+    held = {piece: {box for box in some if piece in pieces[box]} for piece in set().union(*pieces.values())}
+    lying = {frozenset(box for box in some if point in points(box)) for box in some for point in points(box)}
+    assert {frozenset(holders) for holders in held.values()} == lying
+    assert all(len(numbers) == len(set(numbers)) for numbers in pieces.values())
 
 
 @pytest.mark.parametrize("num_dims", [0, 1, 2, 3])
