@@ -24,7 +24,7 @@ import triton.language as tl
 
 from tri_mpk.ops.attention_by_warps import attend_by_warps
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
-from tri_mpk.ops.rotary import load_head, rotate_head
+from tri_mpk.ops.rotary import inverse_norms, load_head, rotate_head
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
@@ -70,7 +70,8 @@ def attend_by_blocks(
         cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
         sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
         q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
-        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q_rstd = inverse_norms(q, DH, NORM, EPS)
+        q = rotate_head(q, q_partner, q_rstd, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
         q *= SCALE * 1.4426950408889634  # log2(e)
         m = tl.full([BLOCK_H], -1e30, tl.float32)
         l = tl.zeros([BLOCK_H], tl.float32)
@@ -78,7 +79,8 @@ def attend_by_blocks(
         if is_first:  # the new token
             k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, 1, 1, DH, BLOCK_DH)
             v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d < DH, other=0.0)
-            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+            k_rstd = inverse_norms(k_new, DH, NORM, EPS)
+            k_new = rotate_head(k_new, k_partner, k_rstd, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
             row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH

@@ -10,15 +10,17 @@ Source: arXiv:2205.14135; "Matrix Fragments for mma.m16n8k16" in NVIDIA's descri
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.gemv import SUMS_OFFSET
+from tri_mpk.ops.gemv import SQUARES_OFFSET, SUMS_OFFSET
 from tri_mpk.ops.rotary import load_head, rotate_head
 from tri_mpk.ops.warps import (
     LANES,
     WARPS,
+    high_half,
     high_halves,
     lane_place,
     load_word,
     load_words,
+    low_half,
     low_halves,
     multiply_add,
     over_tokens,
@@ -27,6 +29,7 @@ from tri_mpk.ops.warps import (
     read_pair,
     read_words,
     transpose,
+    write_float,
     write_floats,
     write_half,
 )
@@ -199,6 +202,25 @@ def merge_warps(
 
 
 @triton.jit
+def norms_by_warps(smem, qkv_ptr, kv_head, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, EPS: tl.constexpr):
+    """Address of rsqrt(mean(x^2) + eps) of the KV head's query heads and, as number 8, of its new key: a warp each."""
+    GROUP: tl.constexpr = H // HKV
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    warp = tl.arange(0, WARPS)[:, None] + tl.zeros([WARPS, LANES], tl.int32)
+    lane = tl.zeros([WARPS, LANES], tl.int32) + tl.arange(0, LANES)[None, :]
+    head = tl.where(warp < GROUP, kv_head * GROUP + warp, H + kv_head)
+    squares = tl.zeros([WARPS, LANES], tl.float32)
+    for first in tl.static_range(0, DH, 2 * LANES):
+        wanted = ((warp < GROUP) | (warp == 8)) & (first + 2 * lane < DH)
+        word = load_word(qkv_ptr + head * DH + first + 2 * lane, wanted.to(tl.int32))
+        squares += low_half(word, DTYPE) * low_half(word, DTYPE) + high_half(word, DTYPE) * high_half(word, DTYPE)
+    norms = smem + SQUARES_OFFSET
+    write_float(norms + tl.arange(0, WARPS) * 4, tl.rsqrt(tl.sum(squares, axis=1) / DH + EPS))
+    tl.debug_barrier()
+    return norms
+
+
+@triton.jit
 def attend_by_warps(
     task, event_ptr, control_ptr, epoch, step, smem,
     qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,
@@ -236,14 +258,20 @@ def attend_by_warps(
         k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_first.to(tl.int32), BLOCK_H, DH, BLOCK_DH)
         is_new = (d < DH) & (h == 0) & is_first
         v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=is_new, other=0.0)
-        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q_rstd = 1.0
+        k_rstd = 1.0
+        if NORM:
+            norms = norms_by_warps(smem, qkv_ptr, kv_head, H, HKV, DH, EPS)
+            q_rstd = read_float(norms + h * 4)
+            k_rstd = read_float(norms + BLOCK_H * 4 + h * 0)
+        q = rotate_head(q, q_partner, q_rstd, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
         q *= SCALE * 1.4426950408889634  # log2(e)
         q_at = smem + SUMS_OFFSET
         write_half(q_at + (h * PADDED + d) * 2, q.to(DTYPE))
         k_at = q_at + 4096
         v_at = q_at + 8192
         if is_first:  # the new token
-            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
+            k_new = rotate_head(k_new, k_partner, k_rstd, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM).to(DTYPE)
             v_new = v_new.to(DTYPE)
             new_row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
             tl.store(k_cache_ptr + new_row + d, k_new, mask=is_new)

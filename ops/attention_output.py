@@ -128,10 +128,10 @@ def attention_output_tile(
     PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr,
     WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, BLOCK_N)
-    num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
     prefetch_rows(task, event_ptr, epoch, ring, PORTABLE, RING, PREFETCH)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    rows = tl.arange(0, BLOCK_N)
+    num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows

@@ -336,11 +336,12 @@ def prefetch_rows(task, event_ptr, epoch, ring, PORTABLE: tl.constexpr, RING: tl
         if is_prefetcher(count):
             counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
             wanted = slots * 0 + PREFETCH
-            for _ in tl.range(0, MAX_MATRICES, num_stages=1):
+            for _ in tl.range(0, tl.minimum(slots, MAX_MATRICES), num_stages=1):  # not known: not unrolled
                 if wanted > 0:
                     num_bytes = tl.minimum(cursor[2], wanted)
-                    scratch = smem + RING_OFFSET + slots * RING
-                    fired = copy_pieces(smem, scratch, cursor[1], num_bytes, counter_ptr, epoch * count)
+                    fired = copy_pieces(
+                        smem, smem + RING_OFFSET + slots * RING, cursor[1], num_bytes, counter_ptr, epoch * count
+                    )
                     wanted = tl.where(fired != 0, 0, wanted - num_bytes)
                     cursor = advance(smem, cursor, num_bytes)
 
@@ -404,10 +405,8 @@ def segment_columns(variant, block: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl
     SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
     COLS: tl.constexpr = (K + 128 * SEGMENTS - 1) // (128 * SEGMENTS) * 8
     warp, g, j = lane_place()
-    if (COLS + 31) // 32 % 2 == 0:
-        within = 32 * (block ^ (variant % 2)) + 8 * j
-    else:
-        within = 32 * block + 8 * j
+    other: tl.constexpr = 1 if (COLS + 31) // 32 % 2 == 0 else 0  # a block without a partner stays where it is
+    within = 32 * (block ^ (variant % 2 * other)) + 8 * j
     col = (warp * SEGMENTS + variant % SEGMENTS) * COLS + within
     return col, (within < COLS) & (col < K)
 
@@ -636,9 +635,7 @@ def dot_rows(
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
-    ring = stream_rows(
-        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT
-    )
+    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     return ring, row_sums(
         ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K

@@ -22,17 +22,25 @@ def load_head(ptr, head, num_heads, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK
 
 
 @triton.jit
+def inverse_norms(x, DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr):
+    """rsqrt(mean(x^2) + eps) of each row, if NORM."""
+    if NORM:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
+    else:
+        return 1.0
+
+
+@triton.jit
 def rotate_head(
-    x, x_partner, gain_ptr, cos_row, sin_row,
-    DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """Normalised (if NORM) and rotated: x * cos + rotate_half(x) * sin."""
+    x, x_partner, rstd, gain_ptr, cos_row, sin_row, DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr
+):
+    """Normalised (if NORM, by `rstd` and the gain) and rotated: x * cos + rotate_half(x) * sin."""
     d = tl.arange(0, BLOCK_DH)[None, :] + tl.zeros(x.shape, tl.int32)  # as few elements per thread as x has
     x = x.to(tl.float32)
     x_partner = x_partner.to(tl.float32)
     if NORM:
         partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
         x *= rstd * tl.load(gain_ptr + d, mask=d < DH, other=0.0).to(tl.float32)
         x_partner *= rstd * tl.load(gain_ptr + partner, mask=d < DH, other=0.0).to(tl.float32)
     return x * cos_row + tl.where(d < DH // 2, -x_partner, x_partner) * sin_row

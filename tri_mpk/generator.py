@@ -119,7 +119,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"TASK_WORDS = tl.constexpr({words})  # int64 words of a task descriptor",
         f"PORTABLE = tl.constexpr({constants.portable})  # waits and signals as Triton atomics, not PTX",
         f"RING = tl.constexpr({constants.slot_bytes})  # bytes of a slot of the weight rings; 0: plain loads",
-        f"PREFETCH = tl.constexpr({constants.prefetch_bytes})  # of weights into the L2 cache, while attention is awaited",
+        f"PREFETCH = tl.constexpr({constants.prefetch_bytes})  # of weights into L2, while attention is awaited",
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         *ranks,
         "",

@@ -1,12 +1,12 @@
 """A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.
 
 variant 0: embedding(V=1024, D=256, BLOCK_D=256)
-variant 1: rmsnorm_linear(D=256, EPS=1e-06, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
+variant 1: rmsnorm_linear(D=256, EPS=1e-06, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=256)
 variant 2: attention(H=4, HKV=2, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, PAGE_SIZE=128, SCALE=0.125, NORM=True, EPS=1e-06, BY_WARPS=True, BLOCK_H=8, BLOCK_DH=64, BLOCK_KV=32)
-variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 4: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
-variant 5: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=512)
-variant 6: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=512)
+variant 3: attention_output(K=256, DH=64, NUM_SPLITS=66, SPLIT_TOKENS=128, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=256)
+variant 4: rmsnorm_gated_linear(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=128)
+variant 5: linear_residual(K=768, HAS_BIAS=False, SLOT_ROWS=16, BLOCK_N=256)
+variant 6: lm_head(D=256, EPS=1e-06, SLOT_ROWS=16, BLOCK_N=256)
 variant 7: argmax(NUM_PARTS=132)
 """
 
@@ -16,8 +16,7 @@ import triton.language as tl
 TASK_WORDS = tl.constexpr(24)  # int64 words of a task descriptor
 PORTABLE = tl.constexpr(False)  # waits and signals as Triton atomics, not PTX
 RING = tl.constexpr(24576)  # bytes of a slot of the weight rings; 0: plain loads
-DEFERRED = tl.constexpr(0)  # slots of a ring that a task leaves to the next one
-PREFETCH = tl.constexpr(0)  # into the L2 cache, while attention is awaited
+PREFETCH = tl.constexpr(524288)  # of weights into L2, while attention is awaited
 BLOCK_K = tl.constexpr(256)  # columns of a weight tile, where there is no ring
 
 MAILBOX_STOP = tl.constexpr(0)  # set by the host: stop at the next step that looks
@@ -25,10 +24,13 @@ MAILBOX_NUM_TOKENS = tl.constexpr(1)  # set by the kernel: so many tokens were c
 MAILBOX_TOKENS = tl.constexpr(2)  # the tokens, in order
 STOP_INTERVAL = tl.constexpr(16)  # steps between two looks at MAILBOX_STOP, each a journey over the bus
 STATE_BYTES = tl.constexpr(16384)
+MAX_MATRICES = tl.constexpr(4)  # that one prefetch reaches into
 BARRIERS_OFFSET = tl.constexpr(512)
 SQUARES_OFFSET = tl.constexpr(768)
+PIECES_OFFSET = tl.constexpr(832)
 SUMS_OFFSET = tl.constexpr(1024)
-SUMS_BYTES = tl.constexpr(8192)
+SUMS_ROWS = tl.constexpr(256)  # per warp
+SUMS_BYTES = tl.constexpr(16384)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
 WARPS = tl.constexpr(16)
@@ -200,17 +202,50 @@ def embedding_tile(
     signal(task, event_ptr, PORTABLE)
 
 
+# ---- ops/warps.py ----
+
+
+@triton.jit
+def lane_place():
+    """[WARPS, LANES]: warp, lane // 4 and lane % 4, the g and j by which the tensor cores lay out matrices."""
+    zero = tl.zeros([WARPS, LANES], tl.int32)
+    warp = tl.arange(0, WARPS)[:, None] + zero
+    lane = tl.arange(0, LANES)[None, :] + zero
+    return warp, lane // 4, lane % 4
+
+
 # ---- ops/gemv.py ----
 
 
 @triton.jit
-def thread_place(K: tl.constexpr, SLOT_ROWS: tl.constexpr):
-    """[WARPS, LANES], one element per thread: first row in a slot, segment, first column in the segment."""
-    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-    WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
-    warp = tl.arange(0, WARPS)[:, None] + tl.zeros([1, LANES], tl.int32)
-    lane = tl.zeros([WARPS, 1], tl.int32) + tl.arange(0, LANES)[None, :]
-    return warp // SEGMENTS * WARP_ROWS, warp % SEGMENTS, lane * 8
+def segment_columns(variant, block: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl.constexpr):
+    """[WARPS, LANES]: the first of the 8 columns that a lane has of 32, and whether there are any.
+
+    `variant`: the lane's segment of its warp's columns. Odd ones take pairs of blocks in the other order, so that lanes
+    that read at the same time find their words in other banks.
+    """
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    COLS: tl.constexpr = (K + 128 * SEGMENTS - 1) // (128 * SEGMENTS) * 8
+    warp, g, j = lane_place()
+    other: tl.constexpr = 1 if (COLS + 31) // 32 % 2 == 0 else 0  # a block without a partner stays where it is
+    within = 32 * (block ^ (variant % 2 * other)) + 8 * j
+    col = (warp * SEGMENTS + variant % SEGMENTS) * COLS + within
+    return col, (within < COLS) & (col < K)
+
+
+@triton.jit
+def own_columns(part: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl.constexpr):
+    """`segment_columns` of part `part` of what a thread has of x, as B wants it: its column is the lane's g."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+    warp, g, j = lane_place()
+    if SEGMENTS >= 8:
+        variant = g + part // BLOCKS * 8
+    elif SEGMENTS == 4:
+        variant = g // 2
+    else:
+        variant = g // 2 % 2
+    return segment_columns(variant, part % BLOCKS, K, SLOT_ROWS)
 
 
 # ---- ops/warps.py ----
@@ -276,13 +311,12 @@ def load_eight(ptr, wanted):
 def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """A thread's part of a vector [K] in fp32 registers. A gain is loaded so before the wait, activations after it."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        row, segment, first = thread_place(K, SLOT_ROWS)
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
         values = ()
-        for start in tl.static_range(0, COLS, 256):
-            col = segment * COLS + start + first
-            values = values + load_eight(ptr + col, ((start + first < COLS) & (col < K)).to(tl.int32))
+        for part in tl.static_range(PARTS):
+            col, wanted = own_columns(part, K, SLOT_ROWS)
+            values = values + load_eight(ptr + col, wanted.to(tl.int32))
         return values
     else:
         return ()
@@ -302,29 +336,121 @@ def write_float(address, x):
 
 
 @triton.jit
-def scale_segment(ring, x, gain, RING: tl.constexpr):
-    """x * gain, part by part; leaves the sums of x^2 of all segments in shared memory."""
+def scale_segment(ring, x, gain, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """x * gain, part by part; leaves the sums of x^2 of all warps' columns in shared memory."""
     if RING:
         scaled = ()
         squares = tl.zeros([WARPS, LANES], tl.float32)
         for i in tl.static_range(len(x)):
             squares += x[i] * x[i]
             scaled = scaled + (x[i] * gain[i],)
+        if SLOT_ROWS > 2:  # so many lanes have the same columns
+            squares *= 2.0 / SLOT_ROWS
         write_float(ring[0] + SQUARES_OFFSET + tl.arange(0, WARPS) * 4, tl.sum(squares, axis=1))
         return scaled
     else:
         return ()
 
 
+@triton.jit
+def end_rows(RING: tl.constexpr):
+    """Between `stream_rows` and `row_sums`, and between `row_sums` and the next `stream_rows`."""
+    if RING:
+        tl.debug_barrier()
+
+
 # ---- ops/warps.py ----
 
 
 @triton.jit
-def thread_index():
-    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+def pack_halves(low, high, DTYPE: tl.constexpr):
+    """Two fp32 numbers as one word of two 16-bit ones."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 # ---- ops/gemv.py ----
+
+
+@triton.jit
+def split_segment(x, SLOT_ROWS: tl.constexpr, WEIGHT: tl.constexpr):
+    """B's words, four per part: those of x rounded and those of the rest; of one B for both, what column g is of."""
+    UNIT: tl.constexpr = 1.0 if tl.bfloat16 == WEIGHT else 16.0  # float16 ends at 65504: see `multiply_slot`
+    warp, g, j = lane_place()
+    rounded = ()
+    rest = ()
+    for i in tl.static_range(0, len(x), 2):
+        a = x[i] / UNIT
+        b = x[i + 1] / UNIT
+        word = pack_halves(a, b, WEIGHT)
+        more = pack_halves(a - low_half(word, WEIGHT), b - high_half(word, WEIGHT), WEIGHT)
+        if SLOT_ROWS >= 4:
+            word = tl.where(g % 2 == 0, word, more)
+        rounded = rounded + (word,)
+        rest = rest + (more,)
+    return rounded, rest
+
+
+@triton.jit
+def await_slot(smem, slot, phase):
+    """Until the slot is full."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra POLL;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [smem + BARRIERS_OFFSET + slot * 8, phase],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# ---- ops/warps.py ----
+
+
+@triton.jit
+def read_words(address, wanted):
+    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,r,r",
+        [address, wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def read_slot(ring, variant, row, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
+    """A lane's words of the slot to read, once it is full: four of A's row g and four of row g + 8 per block."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+    await_slot(ring[0], ring[2], ring[3])
+    address = ring[0] + RING_OFFSET + ring[2] * RING
+    words = ()
+    for block in tl.static_range(BLOCKS):
+        col, wanted = segment_columns(variant, block, K, SLOT_ROWS)
+        words = words + read_words(address + (row * K + col) * 2, wanted.to(tl.int32))
+        if SEGMENTS == 16:
+            col, wanted = segment_columns(variant + 8, block, K, SLOT_ROWS)
+        words = words + read_words(address + ((row + SLOT_ROWS // 2) * K + col) * 2, wanted.to(tl.int32))
+    return words
 
 
 @triton.jit
@@ -352,6 +478,33 @@ def read_stream(smem, stream):
         pack=1,
     )
     return stream, start, num_bytes, second, slot_bytes
+
+
+@triton.jit
+def advance(smem, cursor, num_bytes):
+    """The cursor so many bytes on, but not beyond the end of a matrix."""
+    stream, addr, left, second, slot_bytes = cursor
+    addr += num_bytes
+    left -= num_bytes
+    if left <= 0:
+        if second != 0:
+            addr = second
+            second = second * 0
+            left = stream_word(smem, stream, 16)
+        else:
+            stream, addr, left, second, slot_bytes = read_stream(smem, stream_word(smem, stream, 24))
+    return (stream, addr, left, second, slot_bytes)
+
+
+# ---- ops/warps.py ----
+
+
+@triton.jit
+def thread_index():
+    return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+
+
+# ---- ops/gemv.py ----
 
 
 @triton.jit
@@ -384,68 +537,15 @@ def request_rows(smem, slot, phase, cursor, RING: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-    addr += slot_bytes
-    left -= slot_bytes
-    if left <= 0:
-        if second != 0:
-            addr = second
-            second = second * 0
-            left = stream_word(smem, stream, 16)
-        else:
-            stream, addr, left, second, slot_bytes = read_stream(smem, stream_word(smem, stream, 24))
-    return (stream, addr, left, second, slot_bytes)
+    return advance(smem, cursor, slot_bytes)
 
 
 @triton.jit
-def request_next(ring, RING: tl.constexpr):
-    """Asks for the next rows, in the slot that has been empty longest."""
-    smem, slots, slot, phase, num_empty, cursor = ring
-    oldest = slot - num_empty
-    oldest_phase = phase
-    if oldest < 0:
-        oldest += slots
-        oldest_phase = phase ^ 1
-    cursor = request_rows(smem, oldest, oldest_phase, cursor, RING)
-    return (smem, slots, slot, phase, num_empty - 1, cursor)
-
-
-@triton.jit
-def refill(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
-    """Asks for the rows that were put off."""
-    if RING and DEFERRED > 0:
-        for _ in tl.range(1, ring[4], num_stages=1):
-            ring = request_next(ring, RING)
-    return ring
-
-
-@triton.jit
-def end_rows(RING: tl.constexpr):
-    """Between `stream_rows` and `row_sums`, and between `row_sums` and the next `stream_rows`."""
-    if RING:
-        tl.debug_barrier()
-
-
-@triton.jit
-def await_slot(smem, slot, phase):
-    """Until the slot is full."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra POLL;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r",
-        [smem + BARRIERS_OFFSET + slot * 8, phase],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
-    """This warp has read the current slot. The ring moves on, and an older slot is refilled."""
-    smem, slots, slot, phase, num_empty, cursor = ring
+def release_slot(ring, RING: tl.constexpr):
+    """This warp has read the current slot. The ring moves on, and the slot before is refilled: all warps may have read
+    that one.
+    """
+    smem, slots, slot, phase, cursor = ring
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -464,32 +564,95 @@ def release_slot(ring, RING: tl.constexpr, DEFERRED: tl.constexpr):
     if slot == slots:
         slot = slots * 0
         phase ^= 1
-    ring = (smem, slots, slot, phase, num_empty + 1, cursor)
-    if num_empty > DEFERRED:  # the slot just read is left for the next time: not all warps may have read it
-        ring = request_next(ring, RING)
-    return ring
+    older = slot - 2
+    older_phase = phase
+    if older < 0:
+        older += slots
+        older_phase = phase ^ 1
+    cursor = request_rows(smem, older, older_phase, cursor, RING)
+    return (smem, slots, slot, phase, cursor)
 
 
 # ---- ops/warps.py ----
 
 
 @triton.jit
-def write_lane_sums(address_a, address_b, a, b):
-    """Sums of a and of b over the lanes of a warp: lanes 0-15 go on with a, lanes 16-31 with b after the first step."""
+def multiply_add(c, a, b, DTYPE: tl.constexpr):
+    """[16, 16] @ [16, 8] of a warp, added to c (four numbers a lane; a are four words, b two)."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+# ---- ops/gemv.py ----
+
+
+@triton.jit
+def multiply_slot(words, rounded, rest, SLOT_ROWS: tl.constexpr, BLOCKS: tl.constexpr, WEIGHT: tl.constexpr):
+    """What a lane has of the sums of A's rows g and g + 8: all of its segment in lanes where j is B's column."""
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    UNIT: tl.constexpr = 1.0 if tl.bfloat16 == WEIGHT else 16.0
+    warp, g, j = lane_place()
+    zero = tl.zeros([WARPS, LANES], tl.float32)
+    c = (zero, zero, zero, zero)
+    d = (zero, zero, zero, zero)
+    for block in tl.static_range(BLOCKS):
+        for i in tl.static_range(2):  # words 2 i and 2 i + 1 of the four that a lane has of a row
+            upper = words[8 * block + 2 * i : 8 * block + 2 * i + 2]
+            lower = words[8 * block + 2 * i + 4 : 8 * block + 2 * i + 6]
+            a = (upper[0], lower[0], upper[1], lower[1])
+            x = rounded[4 * block + 2 * i : 4 * block + 2 * i + 2]
+            x_rest = rest[4 * block + 2 * i : 4 * block + 2 * i + 2]
+            if SEGMENTS == 16:
+                c = multiply_add(multiply_add(c, a, x, WEIGHT), a, x_rest, WEIGHT)
+                x = rounded[4 * (BLOCKS + block) + 2 * i : 4 * (BLOCKS + block) + 2 * i + 2]
+                x_rest = rest[4 * (BLOCKS + block) + 2 * i : 4 * (BLOCKS + block) + 2 * i + 2]
+                d = multiply_add(multiply_add(d, a, x, WEIGHT), a, x_rest, WEIGHT)
+            elif SEGMENTS == 8:
+                c = multiply_add(c, a, x, WEIGHT)
+                d = multiply_add(d, a, x_rest, WEIGHT)
+            elif i == 0:
+                c = multiply_add(c, a, x, WEIGHT)
+            else:
+                d = multiply_add(d, a, x, WEIGHT)
+    if SEGMENTS == 16:  # A's rows g + 8 are segments g + 8, which only d has
+        upper = tl.where(g % 2 == 0, c[0], c[1])
+        lower = tl.where(g % 2 == 0, d[2], d[3])
+    elif SEGMENTS == 8:
+        upper = tl.where(g % 2 == 0, c[0] + d[0], c[1] + d[1])
+        lower = tl.where(g % 2 == 0, c[2] + d[2], c[3] + d[3])
+    else:
+        upper = (c[0] + d[0]) + (c[1] + d[1])
+        lower = (c[2] + d[2]) + (c[3] + d[3])
+    return upper * UNIT, lower * UNIT
+
+
+# ---- ops/warps.py ----
+
+
+@triton.jit
+def write_float_where(address, x, wanted):
     tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .f32 mine, other;
-        setp.ge.u32 p, $5, 16; selp.f32 mine, $4, $3, p; selp.f32 other, $3, $4, p;
-        shfl.sync.bfly.b32 other, other, 16, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 8, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 4, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 2, 31, 0xffffffff; add.f32 mine, mine, other;
-        shfl.sync.bfly.b32 other, mine, 1, 31, 0xffffffff; add.f32 mine, mine, other;
-        setp.eq.u32 p, $5, 0; @p st.shared.f32 [$1], mine; setp.eq.u32 p, $5, 16; @p st.shared.f32 [$2], mine;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r,f,f,r",
-        [address_a, address_b, a, b, thread_index() % LANES],
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,r,f,r",
+        [address, x, wanted.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -497,16 +660,13 @@ def write_lane_sums(address_a, address_b, a, b):
 
 
 @triton.jit
-def read_words(address, wanted):
-    """16 bytes of shared memory as four words; zeros where `wanted` is 0."""
+def shuffle(x, MASK: tl.constexpr):
+    """x of the lane whose number is this one's XOR MASK."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
-        @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
-        }""",
-        "=&r,=&r,=&r,=&r,r,r",
-        [address, wanted],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        f"shfl.sync.bfly.b32 $0, $1, {MASK}, 31, 0xffffffff;",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
         is_pure=False,
         pack=1,
     )
@@ -516,36 +676,60 @@ def read_words(address, wanted):
 
 
 @triton.jit
-def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
+def write_row_sums(sums, upper, lower, SLOT_ROWS: tl.constexpr):
+    """Adds up the segments of each row and writes the sums of a slot's rows. `sums`: address of the warp's first one.
+
+    Neighbours in segment differ in g and, so that j stays B's column, in j: lanes 4 g + j and that XOR a mask.
+    """
+    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    warp, g, j = lane_place()
+    if SEGMENTS == 1:
+        write_float_where(sums + g * 4, upper, j == g % 2)
+        write_float_where(sums + (g + 8) * 4, lower, j == g % 2)
+    else:
+        if SEGMENTS == 16:
+            total = upper + lower
+            total += shuffle(total, 4)
+        else:  # even segments go on with A's row g, odd ones with row g + 8
+            total = tl.where(g % 2 == 0, upper, lower)
+            total += shuffle(tl.where(g % 2 == 0, lower, upper), 4 if SEGMENTS == 8 else 5)
+        if SEGMENTS >= 8:
+            total += shuffle(total, 9)
+            total += shuffle(total, 18)
+            write_float_where(sums + g * 4, total, (g < SLOT_ROWS) & (j == 0))
+        else:
+            if SEGMENTS == 4:
+                total += shuffle(total, 10)
+            row = g // SEGMENTS + g % 2 * (SLOT_ROWS // 2)
+            write_float_where(sums + row * 4, total, (j == g % SEGMENTS) & (j < 2))
+
+
+@triton.jit
+def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        WARP_ROWS: tl.constexpr = SLOT_ROWS * SEGMENTS // 16
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        WORDS: tl.constexpr = (COLS + 255) // 256 * 4
-        row, segment, first = thread_place(K, SLOT_ROWS)
-        offset = (row * K + segment * COLS + first) * 2
-        sums = ring[0] + SUMS_OFFSET + ((place + row) * SEGMENTS + segment) * 4
-        for slot in tl.range(0, (num_rows + SLOT_ROWS - 1) // SLOT_ROWS, num_stages=1):
-            await_slot(ring[0], ring[2], ring[3])
-            address = ring[0] + RING_OFFSET + ring[2] * RING + offset
-            words = ()
-            for r in tl.static_range(WARP_ROWS):
-                for start in tl.static_range(0, COLS, 256):
-                    wanted = ((start + first < COLS) & (segment * COLS + start + first < K)).to(tl.int32)
-                    words = words + read_words(address + (r * K + start) * 2, wanted)
-            ring = release_slot(ring, RING, DEFERRED)
-            totals = ()
-            for r in tl.static_range(WARP_ROWS):
-                even = tl.zeros([WARPS, LANES], tl.float32)
-                odd = tl.zeros([WARPS, LANES], tl.float32)
-                for i in tl.static_range(WORDS):
-                    even += low_half(words[r * WORDS + i], WEIGHT) * x[2 * i]
-                    odd += high_half(words[r * WORDS + i], WEIGHT) * x[2 * i + 1]
-                totals = totals + (even + odd,)
-            at = sums + slot * (SLOT_ROWS * SEGMENTS * 4)
-            last: tl.constexpr = WARP_ROWS - 1  # a single row is summed up and written twice
-            write_lane_sums(at, at + last * (SEGMENTS * 4), totals[0], totals[last])
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
+        warp, g, j = lane_place()
+        rounded, rest = split_segment(x, SLOT_ROWS, WEIGHT)
+        variant = g % 2 if SEGMENTS == 1 else g % SEGMENTS
+        row = g // SEGMENTS  # in the slot, of A's row g; that of A's row g + 8 is half a slot on, if it is another one
+        sums = ring[0] + SUMS_OFFSET + warp * (SUMS_ROWS * 4) + place * 4
+        num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
+        zero = tl.zeros([WARPS, LANES], tl.int32)
+        words = ()
+        for _ in tl.static_range(8 * BLOCKS):
+            words = words + (zero,)
+        if num_slots > 0:
+            words = read_slot(ring, variant, row, K, SLOT_ROWS, RING)
+            ring = release_slot(ring, RING)
+        for slot in tl.range(0, num_slots, num_stages=1):
+            now = words
+            if slot + 1 < num_slots:
+                words = read_slot(ring, variant, row, K, SLOT_ROWS, RING)
+                ring = release_slot(ring, RING)
+            upper, lower = multiply_slot(now, rounded, rest, SLOT_ROWS, BLOCKS, WEIGHT)
+            write_row_sums(sums + slot * (SLOT_ROWS * 4), upper, lower, SLOT_ROWS)
     return ring
 
 
@@ -570,11 +754,10 @@ def row_sums(
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block` with x (times gain); any number beyond `num_rows`."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * (SEGMENTS * 4)
+        address = ring[0] + SUMS_OFFSET + (place + tl.arange(0, BLOCK_N)) * 4
         total = tl.zeros([BLOCK_N], tl.float32)
-        for segment in tl.static_range(SEGMENTS):
-            total += read_float(address + segment * 4)
+        for warp in tl.static_range(WARPS):
+            total += read_float(address + warp * (SUMS_ROWS * 4))
         return total
     else:
         first = tl.cast(block, tl.int64) * BLOCK_N
@@ -595,13 +778,11 @@ def row_sums(
 def dot_rows(
     ring, x, x_ptr, gain_ptr, weight_addr, block, num_rows,
     K: tl.constexpr, NORM: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Dot products [BLOCK_N] of row block `block`, for ops with one matrix."""
     end_rows(RING)
-    ring = stream_rows(
-        ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, DEFERRED, WEIGHT
-    )
+    ring = stream_rows(ring, x, 0, tl.minimum(num_rows - block * BLOCK_N, BLOCK_N), K, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     return ring, row_sums(
         ring, 0, x_ptr, gain_ptr, weight_addr, block, num_rows, K, NORM, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K
@@ -614,10 +795,9 @@ def inverse_rms(
 ):
     """rsqrt(mean(x^2) + eps). With a ring: after `scale_segment` and a barrier."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
         total = read_float(ring[0] + SQUARES_OFFSET)
-        for segment in tl.static_range(1, SEGMENTS):
-            total += read_float(ring[0] + SQUARES_OFFSET + segment * 4)
+        for warp in tl.static_range(1, WARPS):
+            total += read_float(ring[0] + SQUARES_OFFSET + warp * 4)
     else:
         squares = tl.zeros([BLOCK_K], tl.float32)
         for start in tl.range(0, K, BLOCK_K, num_stages=1):
@@ -638,13 +818,12 @@ def rmsnorm_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows(
             ring,
@@ -658,7 +837,6 @@ def rmsnorm_linear_tile(
             True,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,
@@ -682,15 +860,6 @@ def active_splits(step, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr):
 
 
 # ---- ops/warps.py ----
-
-
-@triton.jit
-def lane_place():
-    """[WARPS, LANES]: warp, lane // 4 and lane % 4, the g and j by which the tensor cores lay out matrices."""
-    zero = tl.zeros([WARPS, LANES], tl.int32)
-    warp = tl.arange(0, WARPS)[:, None] + zero
-    lane = tl.arange(0, LANES)[None, :] + zero
-    return warp, lane // 4, lane % 4
 
 
 @triton.jit
@@ -759,16 +928,14 @@ def load_head(ptr, head, num_heads, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK
 
 @triton.jit
 def rotate_head(
-    x, x_partner, gain_ptr, cos_row, sin_row,
-    DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """Normalised (if NORM) and rotated: x * cos + rotate_half(x) * sin."""
+    x, x_partner, rstd, gain_ptr, cos_row, sin_row, DH: tl.constexpr, BLOCK_DH: tl.constexpr, NORM: tl.constexpr
+):
+    """Normalised (if NORM, by `rstd` and the gain) and rotated: x * cos + rotate_half(x) * sin."""
     d = tl.arange(0, BLOCK_DH)[None, :] + tl.zeros(x.shape, tl.int32)  # as few elements per thread as x has
     x = x.to(tl.float32)
     x_partner = x_partner.to(tl.float32)
     if NORM:
         partner = tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
         x *= rstd * tl.load(gain_ptr + d, mask=d < DH, other=0.0).to(tl.float32)
         x_partner *= rstd * tl.load(gain_ptr + partner, mask=d < DH, other=0.0).to(tl.float32)
     return x * cos_row + tl.where(d < DH // 2, -x_partner, x_partner) * sin_row
@@ -851,31 +1018,6 @@ def read_pair(address):
     )
 
 
-@triton.jit
-def multiply_add(c, a, b, DTYPE: tl.constexpr):
-    """[16, 16] @ [16, 8] of a warp, added to c (four numbers a lane; a are four words, b two)."""
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
-            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
-            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-            " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
-            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
-            [c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=False,
-            pack=1,
-        )
-
-
 # ---- ops/attention_by_warps.py ----
 
 
@@ -928,19 +1070,6 @@ def high_halves(a, b):
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
     )
-
-
-@triton.jit
-def pack_halves(low, high, DTYPE: tl.constexpr):
-    """Two fp32 numbers as one word of two 16-bit ones."""
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
 
 
 # ---- ops/attention_by_warps.py ----
@@ -1048,6 +1177,25 @@ def merge_warps(
 
 
 @triton.jit
+def norms_by_warps(smem, qkv_ptr, kv_head, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, EPS: tl.constexpr):
+    """Address of rsqrt(mean(x^2) + eps) of the KV head's query heads and, as number 8, of its new key: a warp each."""
+    GROUP: tl.constexpr = H // HKV
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    warp = tl.arange(0, WARPS)[:, None] + tl.zeros([WARPS, LANES], tl.int32)
+    lane = tl.zeros([WARPS, LANES], tl.int32) + tl.arange(0, LANES)[None, :]
+    head = tl.where(warp < GROUP, kv_head * GROUP + warp, H + kv_head)
+    squares = tl.zeros([WARPS, LANES], tl.float32)
+    for first in tl.static_range(0, DH, 2 * LANES):
+        wanted = ((warp < GROUP) | (warp == 8)) & (first + 2 * lane < DH)
+        word = load_word(qkv_ptr + head * DH + first + 2 * lane, wanted.to(tl.int32))
+        squares += low_half(word, DTYPE) * low_half(word, DTYPE) + high_half(word, DTYPE) * high_half(word, DTYPE)
+    norms = smem + SQUARES_OFFSET
+    write_float(norms + tl.arange(0, WARPS) * 4, tl.rsqrt(tl.sum(squares, axis=1) / DH + EPS))
+    tl.debug_barrier()
+    return norms
+
+
+@triton.jit
 def attend_by_warps(
     task, event_ptr, control_ptr, epoch, step, smem,
     qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, page_table_ptr,
@@ -1085,14 +1233,20 @@ def attend_by_warps(
         k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, is_first.to(tl.int32), BLOCK_H, DH, BLOCK_DH)
         is_new = (d < DH) & (h == 0) & is_first
         v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=is_new, other=0.0)
-        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q_rstd = 1.0
+        k_rstd = 1.0
+        if NORM:
+            norms = norms_by_warps(smem, qkv_ptr, kv_head, H, HKV, DH, EPS)
+            q_rstd = read_float(norms + h * 4)
+            k_rstd = read_float(norms + BLOCK_H * 4 + h * 0)
+        q = rotate_head(q, q_partner, q_rstd, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
         q *= SCALE * 1.4426950408889634  # log2(e)
         q_at = smem + SUMS_OFFSET
         write_half(q_at + (h * PADDED + d) * 2, q.to(DTYPE))
         k_at = q_at + 4096
         v_at = q_at + 8192
         if is_first:  # the new token
-            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS).to(DTYPE)
+            k_new = rotate_head(k_new, k_partner, k_rstd, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM).to(DTYPE)
             v_new = v_new.to(DTYPE)
             new_row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
             tl.store(k_cache_ptr + new_row + d, k_new, mask=is_new)
@@ -1136,6 +1290,19 @@ def attend_by_warps(
         merge_warps(smem, m, l, acc, parts_ptr, lse_ptr, split * H + kv_head * GROUP, GROUP, DH, HEADS, 256)
 
 
+# ---- ops/rotary.py ----
+
+
+@triton.jit
+def inverse_norms(x, DH: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr):
+    """rsqrt(mean(x^2) + eps) of each row, if NORM."""
+    if NORM:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, axis=1) / DH + EPS)[:, None]
+    else:
+        return 1.0
+
+
 # ---- ops/attention.py ----
 
 
@@ -1174,7 +1341,8 @@ def attend_by_blocks(
         cos_row = tl.load(cos_ptr + step * DH + d, mask=d < DH, other=0.0)
         sin_row = tl.load(sin_ptr + step * DH + d, mask=d < DH, other=0.0)
         q, q_partner = load_head(qkv_ptr, kv_head * GROUP, GROUP, BLOCK_H, DH, BLOCK_DH)
-        q = rotate_head(q, q_partner, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+        q_rstd = inverse_norms(q, DH, NORM, EPS)
+        q = rotate_head(q, q_partner, q_rstd, q_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
         q *= SCALE * 1.4426950408889634  # log2(e)
         m = tl.full([BLOCK_H], -1e30, tl.float32)
         l = tl.zeros([BLOCK_H], tl.float32)
@@ -1182,7 +1350,8 @@ def attend_by_blocks(
         if is_first:  # the new token
             k_new, k_partner = load_head(qkv_ptr + H * DH, kv_head, 1, 1, DH, BLOCK_DH)
             v_new = tl.load(qkv_ptr + (H + HKV + kv_head) * DH + d, mask=d < DH, other=0.0)
-            k_new = rotate_head(k_new, k_partner, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM, EPS)
+            k_rstd = inverse_norms(k_new, DH, NORM, EPS)
+            k_new = rotate_head(k_new, k_partner, k_rstd, k_gain_ptr, cos_row, sin_row, DH, BLOCK_DH, NORM)
             k_new = k_new.to(k_cache_ptr.dtype.element_ty)
             v_new = v_new.to(v_cache_ptr.dtype.element_ty)
             row = ((new_page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + step % PAGE_SIZE) * DH
@@ -1246,17 +1415,45 @@ def attention_tile(
 
 
 @triton.jit
-def prefetch_bytes(addr, size):
-    tl.inline_asm_elementwise(
+def is_prefetcher(count):
+    """In lane 0 of the last warp, for the first warp polls, if there is anything to wait for."""
+    return (
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 tid; mov.u32 tid, %tid.x; setp.eq.u32 p, tid, 480; selp.b32 $0, $1, 0, p; }",
+            "=r,r",
+            [count],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        > 0
+    )
+
+
+@triton.jit
+def copy_pieces(smem, scratch, addr, num_bytes, counter_ptr, count):
+    """1 as soon as the counter has come to `count`, 0 if all bytes are requested before."""
+    return tl.inline_asm_elementwise(
+        # Piece i has barrier i % 2; it is requested in parts as large as the scratch area.
         """{
-        .reg .pred p;
-        setp.ne.u32 p, $3, 256; @p bra DONE;
-        setp.eq.u32 p, $2, 0; @p bra DONE;
-        cp.async.bulk.prefetch.L2.global [$1], $2;
-        DONE: mov.u32 $0, 0;
+        .reg .pred p; .reg .s32 left, piece, size, part, x; .reg .u32 at; .reg .u64 from, step;
+        ld.shared.b32 piece, [$1 + 16]; mov.s32 left, $4; mov.u64 from, $3;
+        NEXT: setp.lt.s32 p, left, 1; @p bra ALL;
+        ld.relaxed.gpu.global.s32 x, [$5]; sub.s32 x, x, $6; setp.ge.s32 p, x, 0; @p bra FIRED;
+        and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 x, piece, 1, 1; xor.b32 x, x, 1;
+        mbarrier.test_wait.parity.shared::cta.b64 p, [at], x; @!p bra NEXT;
+        min.s32 size, left, 32768; sub.s32 left, left, size; add.s32 piece, piece, 1;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [at], size;
+        PART: min.s32 part, size, 4096;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [from], part, [at];
+        cvt.u64.u32 step, part; add.u64 from, from, step; sub.s32 size, size, part;
+        setp.gt.s32 p, size, 0; @p bra PART; bra NEXT;
+        FIRED: mov.s32 $0, 1; bra DONE;
+        ALL: mov.s32 $0, 0;
+        DONE: st.shared.b32 [$1 + 16], piece;
         }""",
-        "=r,l,r,r",
-        [addr, size, thread_index()],
+        "=&r,r,r,l,r,l,r",
+        [smem + PIECES_OFFSET, scratch, addr, num_bytes, counter_ptr.to(tl.int64), count],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -1264,17 +1461,26 @@ def prefetch_bytes(addr, size):
 
 
 @triton.jit
-def prefetch_rows(ring, RING: tl.constexpr, PREFETCH: tl.constexpr):
-    """Asks the L2 cache for the next PREFETCH bytes of the stream behind what was requested, as far as its task goes.
+def prefetch_rows(task, event_ptr, epoch, ring, PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr):
+    """Has L2 fetch what follows in the stream, PREFETCH bytes at most, until the task's event has fired.
 
-    For a wait that is long enough for memory to idle while all rings are full.
+    One thread copies pieces of 32 KiB to where nobody reads them, two at a time: with more on their way, whatever else
+    is loaded meanwhile waits behind them. Instructions that only prefetch are hints; an H200 drops most of so many.
     """
     if RING and PREFETCH > 0:
-        stream, addr, left, second, slot_bytes = ring[5]
-        size = tl.minimum(left, PREFETCH)
-        prefetch_bytes(addr, size)
-        if second != 0:
-            prefetch_bytes(second, tl.minimum(stream_word(ring[0], stream, 16), PREFETCH - size))
+        smem, slots, slot, phase, cursor = ring
+        count = int_field(task, TASK_WAIT_COUNT, PORTABLE)
+        if is_prefetcher(count):
+            counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
+            wanted = slots * 0 + PREFETCH
+            for _ in tl.range(0, tl.minimum(slots, MAX_MATRICES), num_stages=1):  # not known: not unrolled
+                if wanted > 0:
+                    num_bytes = tl.minimum(cursor[2], wanted)
+                    fired = copy_pieces(
+                        smem, smem + RING_OFFSET + slots * RING, cursor[1], num_bytes, counter_ptr, epoch * count
+                    )
+                    wanted = tl.where(fired != 0, 0, wanted - num_bytes)
+                    cursor = advance(smem, cursor, num_bytes)
 
 
 # ---- ops/attention_output.py ----
@@ -1285,19 +1491,16 @@ def merge_splits(
     x, top, total, parts_ptr, lse_ptr, first_split, num_splits,
     K: tl.constexpr, DH: tl.constexpr, SLOT_ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """COUNT more splits for a thread's part of the vector; per 256 columns: 8 sums, the largest lse, the weights' sum.
+    """COUNT more splits for a thread's part of the vector; per part: 8 sums, the largest lse, the weights' sum.
 
     All loads are under way together.
     """
-    SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-    COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-    row, segment, first = thread_place(K, SLOT_ROWS)
     lse = ()
     parts = ()
-    for i in tl.static_range((COLS + 255) // 256):
-        col = segment * COLS + 256 * i + first
+    for i in tl.static_range(len(top)):
+        col, is_there = own_columns(i, K, SLOT_ROWS)
         for s in tl.static_range(COUNT):
-            wanted = (256 * i + first < COLS) & (col < K) & (first_split + s < num_splits)
+            wanted = is_there & (first_split + s < num_splits)
             at = first_split + s
             word = load_word(lse_ptr + at * (K // DH) + col // DH, wanted.to(tl.int32))
             lse = lse + (tl.where(wanted, word.to(tl.float32, bitcast=True), float("-inf")),)
@@ -1305,7 +1508,7 @@ def merge_splits(
     new_x = ()
     new_top = ()
     new_total = ()
-    for i in tl.static_range((COLS + 255) // 256):
+    for i in tl.static_range(len(top)):
         highest = top[i]
         for s in tl.static_range(COUNT):
             highest = tl.maximum(highest, lse[i * COUNT + s])
@@ -1332,14 +1535,13 @@ def load_merged(
 ):
     """A thread's part of the merged vector [K] in fp32 registers, as `load_segment` loads one."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 if SLOT_ROWS == 1 else 32 // SLOT_ROWS
-        COLS: tl.constexpr = (K + 8 * SEGMENTS - 1) // (8 * SEGMENTS) * 8
-        row, segment, first = thread_place(K, SLOT_ROWS)
-        zero = tl.zeros(row.shape, tl.float32)
+        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
+        zero = tl.zeros([WARPS, LANES], tl.float32)
         x = ()
         top = ()
         total = ()
-        for _ in tl.static_range((COLS + 255) // 256):
+        for _ in tl.static_range(PARTS):
             top = top + (zero - 1e30,)  # finite: the difference of two must be a number
             total = total + (zero,)
             for _ in tl.static_range(8):
@@ -1350,7 +1552,7 @@ def load_merged(
             for split in tl.range(0, num_splits, 4, num_stages=1):
                 x, top, total = merge_splits(x, top, total, parts_ptr, lse_ptr, split, num_splits, K, DH, SLOT_ROWS, 4)
         merged = ()
-        for i in tl.static_range((COLS + 255) // 256):
+        for i in tl.static_range(PARTS):
             inverse = 1.0 / tl.maximum(total[i], 1e-30)  # nothing but zeros where there is no column
             for e in tl.static_range(8):
                 merged = merged + (x[8 * i + e] * inverse,)
@@ -1384,15 +1586,14 @@ def attention_output_tile(
     row0, num_rows,
     K: tl.constexpr, DH: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, PREFETCH: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, PREFETCH: tl.constexpr,
     WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    prefetch_rows(task, event_ptr, epoch, ring, PORTABLE, RING, PREFETCH)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     rows = tl.arange(0, BLOCK_N)
     num_splits = active_splits(step, NUM_SPLITS, SPLIT_TOKENS)
-    prefetch_rows(ring, RING, PREFETCH)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_merged(parts_ptr, lse_ptr, num_splits, K, DH, SLOT_ROWS, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         y = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
@@ -1401,7 +1602,7 @@ def attention_output_tile(
         if RING:
             ring, product = dot_rows(
                 ring, x, lse_ptr, lse_ptr, weight_addr, block, num_rows,
-                K, False, SLOT_ROWS, RING, DEFERRED, WEIGHT, BLOCK_N, BLOCK_K,
+                K, False, SLOT_ROWS, RING, WEIGHT, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             first = tl.cast(block, tl.int64) * BLOCK_N
@@ -1428,15 +1629,14 @@ def rmsnorm_gated_linear_tile(
     row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
-    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
-    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, DEFERRED, WEIGHT)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
+    ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
+    ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):  # with a ring, one block
         gate = row_sums(
@@ -1463,12 +1663,11 @@ def linear_residual_tile(
     x_ptr, weight_addr, bias_ptr, residual_ptr, y_ptr,  # in, in, in, in, out
     row0, num_rows,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     x = load_segment(x_ptr, K, SLOT_ROWS, RING)
-    ring = refill(ring, RING, DEFERRED)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         row = block * BLOCK_N + rows
         base = tl.load(residual_ptr + row0 + row, mask=row < num_rows, other=0.0)
@@ -1486,7 +1685,6 @@ def linear_residual_tile(
             False,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,
@@ -1526,18 +1724,18 @@ def best_of_block(ring, best, best_row, BLOCK_N: tl.constexpr, RING: tl.constexp
 
 
 @triton.jit
-def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr):
+def skip_rows(ring, num_rows, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """Leaves out the weights of the present task, of which as many slots as the ring reaches are on their way."""
     if RING:
-        smem, slots, slot, phase, num_empty, cursor = ring
+        smem, slots, slot, phase, cursor = ring
         num_slots = (num_rows + SLOT_ROWS - 1) // SLOT_ROWS
-        reach = slots - num_empty
+        reach = slots - 1
         if num_slots > reach:  # the cursor has not left them
             cursor = read_stream(smem, stream_word(smem, cursor[0], 24))
-            ring = (smem, slots, slot, phase, num_empty, cursor)
+            ring = (smem, slots, slot, phase, cursor)
         for _ in tl.range(0, tl.minimum(num_slots, reach), num_stages=1):
             await_slot(smem, ring[2], ring[3])
-            ring = release_slot(ring, RING, DEFERRED)
+            ring = release_slot(ring, RING)
     return ring
 
 
@@ -1551,7 +1749,7 @@ def lm_head_tile(
     part, row0, num_rows,
     D: tl.constexpr, EPS: tl.constexpr,
     SLOT_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PORTABLE: tl.constexpr, RING: tl.constexpr, DEFERRED: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PORTABLE: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -1560,11 +1758,10 @@ def lm_head_tile(
     row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, RING)
-    ring = refill(ring, RING, DEFERRED)
+    x = scale_segment(ring, load_segment(x_ptr, D, SLOT_ROWS, RING), gain, SLOT_ROWS, RING)
     num_blocks = (num_rows + BLOCK_N - 1) // BLOCK_N
     if not wanted:
-        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING, DEFERRED)
+        ring = skip_rows(ring, num_rows, SLOT_ROWS, RING)
         num_blocks = 0
     for block in tl.range(0, num_blocks, num_stages=1):
         ring, y = dot_rows(
@@ -1579,7 +1776,6 @@ def lm_head_tile(
             True,
             SLOT_ROWS,
             RING,
-            DEFERRED,
             WEIGHT,
             BLOCK_N,
             BLOCK_K,
@@ -1711,6 +1907,8 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             mov.u32 at, $1; mov.u32 left, 16;
             NEXT: mbarrier.init.shared::cta.b64 [at], 1; mbarrier.init.shared::cta.b64 [at + 128], 16;
             add.u32 at, at, 8; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
+            mbarrier.init.shared::cta.b64 [$1 + 320], 1; mbarrier.init.shared::cta.b64 [$1 + 328], 1;
+            st.shared.b32 [$1 + 336], 0;
             fence.mbarrier_init.release.cluster;
             DONE: bar.sync 0; mov.u32 $0, 0;
             }""",
@@ -1725,12 +1923,10 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
             cursor = read_stream(smem, zero)
             for slot in tl.range(0, slots - 1, num_stages=1):  # a fresh barrier counts as empty
                 cursor = request_rows(smem, slot, 1, cursor, RING)
-            num_empty = zero + 1
         else:
             slots = zero  # nothing is on its way, and nothing ever will be
-            num_empty = zero
             cursor = (zero, zero.to(tl.int64), zero, zero.to(tl.int64), zero)
-        return (smem, slots, zero, zero, num_empty, cursor)
+        return (smem, slots, zero, zero, cursor)
     else:
         return 0
 
@@ -1739,13 +1935,29 @@ def start_ring(queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS: tl.constexpr
 def drain_ring(ring, RING: tl.constexpr):
     """Until nothing is on its way: a program may not end while copies into its shared memory run."""
     if RING:
-        smem, slots, slot, phase, num_empty, cursor = ring
-        for _ in tl.range(0, slots - num_empty, num_stages=1):
+        smem, slots, slot, phase, cursor = ring
+        for _ in tl.range(0, slots - 1, num_stages=1):
             await_slot(smem, slot, phase)
             slot += 1
             if slot == slots:
                 slot = slots * 0
                 phase ^= 1
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .u32 piece, left, at, x;
+            setp.ne.u32 p, $2, 480; @p bra DONE;
+            ld.shared.b32 piece, [$1 + 16]; mov.u32 left, 2;
+            NEXT: and.b32 at, piece, 1; shl.b32 at, at, 3; add.u32 at, at, $1; bfe.u32 x, piece, 1, 1; xor.b32 x, x, 1;
+            POLL: mbarrier.try_wait.parity.shared::cta.b64 p, [at], x; @!p bra POLL;
+            add.u32 piece, piece, 1; sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;
+            DONE: mov.u32 $0, 0;
+            }""",
+            "=r,r,r",
+            [smem + PIECES_OFFSET, thread_index()],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 # ---- scheduler/device.py ----
@@ -1893,10 +2105,9 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     EPS=1e-06,
                     HAS_BIAS=False,
                     SLOT_ROWS=16,
-                    BLOCK_N=512,
+                    BLOCK_N=256,
                     PORTABLE=PORTABLE,
                     RING=RING,
-                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -1957,10 +2168,9 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     SPLIT_TOKENS=128,
                     HAS_BIAS=False,
                     SLOT_ROWS=16,
-                    BLOCK_N=512,
+                    BLOCK_N=256,
                     PORTABLE=PORTABLE,
                     RING=RING,
-                    DEFERRED=DEFERRED,
                     PREFETCH=PREFETCH,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
@@ -1982,10 +2192,9 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     D=256,
                     EPS=1e-06,
                     SLOT_ROWS=16,
-                    BLOCK_N=256,
+                    BLOCK_N=128,
                     PORTABLE=PORTABLE,
                     RING=RING,
-                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -2006,10 +2215,9 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     K=768,
                     HAS_BIAS=False,
                     SLOT_ROWS=16,
-                    BLOCK_N=512,
+                    BLOCK_N=256,
                     PORTABLE=PORTABLE,
                     RING=RING,
-                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
@@ -2033,10 +2241,9 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                     D=256,
                     EPS=1e-06,
                     SLOT_ROWS=16,
-                    BLOCK_N=512,
+                    BLOCK_N=256,
                     PORTABLE=PORTABLE,
                     RING=RING,
-                    DEFERRED=DEFERRED,
                     WEIGHT=tl.bfloat16,
                     BLOCK_K=BLOCK_K,
                 )
