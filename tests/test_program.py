@@ -11,7 +11,7 @@ from decoders import tiny_config
 from tri_mpk.errors import DeviceError
 from tri_mpk.geometries import geometry
 from tri_mpk.inspect import plan_config
-from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, STREAM_BYTES
+from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, SCRATCH_BYTES, STREAM_BYTES
 from tri_mpk.program import Program, SharedMemoryPlan, kernel_constants
 from tri_mpk.scheduler.device import SHARED_BYTES
 
@@ -46,7 +46,7 @@ def test_a_ring_fits_and_holds_what_it_must(program, compiler_bytes):
     assert plan.num_bytes <= HOPPER
     assert plan.base >= compiler_bytes + most_streams(program) * STREAM_BYTES.value
     assert plan.base % 128 == 0 and plan.slot_bytes % 128 == 0 and plan.slot_bytes >= largest_slot(program)
-    assert plan.num_bytes == plan.base + RING_OFFSET.value + plan.ring_slots * plan.slot_bytes
+    assert plan.num_bytes == plan.base + RING_OFFSET.value + plan.ring_slots * plan.slot_bytes + SCRATCH_BYTES.value
     assert 3 <= plan.ring_slots <= MAX_SLOTS.value
     assert plan.ring_slots == MAX_SLOTS.value or plan.num_bytes + plan.slot_bytes > HOPPER, "one more would fit"
 
@@ -66,7 +66,7 @@ def test_never_more_slots_than_there_are_barriers(program):
 def test_too_little_for_a_ring(program):
     slot = -(-largest_slot(program) // 128) * 128
     base = -(-(COMPILER_BYTES + most_streams(program) * STREAM_BYTES.value) // 128) * 128
-    least = base + RING_OFFSET.value + 3 * slot
+    least = base + RING_OFFSET.value + 3 * slot + SCRATCH_BYTES.value
     assert SharedMemoryPlan.divide(program, COMPILER_BYTES, least).ring_slots == 3
     with pytest.raises(DeviceError, match=rf"{least - 1} bytes of shared memory hold 2 slots of {slot} bytes"):
         SharedMemoryPlan.divide(program, COMPILER_BYTES, least - 1)
