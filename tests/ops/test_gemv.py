@@ -58,8 +58,8 @@ def test_without_a_ring_the_machine_decides(k, matrices):
 
 
 def test_what_lies_in_shared_memory_does_not_overlap():
-    """Two barriers of 8 bytes per slot, the second ones 128 bytes on; a sum of squares per warp; two barriers and a word
-    of the pieces that are prefetched; sums; slots.
+    """Two barriers of 8 bytes per slot, the second ones 128 bytes on; a sum of squares per warp; for prefetching two
+    barriers and a word; sums; slots.
     """
     assert WARPS.value == NUM_WARPS
     assert SHARED_BYTES.value <= BARRIERS_OFFSET.value
