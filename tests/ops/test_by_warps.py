@@ -38,8 +38,8 @@ CONFIGS = {
                          num_key_value_heads=2, head_dim=32, vocab_size=200),
     "qwen3, long rows": tiny_config("qwen3", hidden_size=264, intermediate_size=1048, num_hidden_layers=1,
                                     num_attention_heads=3, num_key_value_heads=1, head_dim=64, vocab_size=72),
-    "llama, two rows": tiny_config("llama", hidden_size=520, intermediate_size=2056, num_hidden_layers=1,
-                                   num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=40),
+    "llama, two rows": tiny_config("llama", hidden_size=520, intermediate_size=64, num_hidden_layers=1,
+                                   num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=40),
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ CONFIGS = {
     [
         ("llama", 3, 32768, {16}, 0),
         ("qwen3, long rows", 6, 4096, {1, 4, 8}, 40960),
-        ("llama, two rows", 9, 4096, {1, 2, 16}, 1 << 20),
+        ("llama, two rows", 9, 4096, {2, 16}, 65536),
     ],
 )
 def test_a_decoder_on_weight_rings_equals_transformers(
