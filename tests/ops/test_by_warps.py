@@ -39,7 +39,7 @@ CONFIGS = {
     "qwen3, long rows": tiny_config("qwen3", hidden_size=264, intermediate_size=1048, num_hidden_layers=1,
                                     num_attention_heads=3, num_key_value_heads=1, head_dim=64, vocab_size=72),
     "llama, two rows": tiny_config("llama", hidden_size=520, intermediate_size=64, num_hidden_layers=1,
-                                   num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=40),
+                                   num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=40),
 }  # fmt: skip
 
 
