@@ -74,6 +74,21 @@ def best_of_parts(value_ptr, index_ptr, NUM_PARTS: tl.constexpr):
 
 
 @triton.jit
+def finish_step(
+    control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The token goes to `tokens` and to the host, unless the prompt goes on. `stop`: this step is the last one."""
+    if step + 1 >= num_known:
+        tl.store(tokens_ptr + step + 1, token)
+        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
+        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
+    tl.store(step_ptr, step + 1)
+    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
+    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+
+
+@triton.jit
 def argmax_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, tokens_ptr,  # in, in, out
@@ -88,13 +103,9 @@ def argmax_tile(
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
     stop = (step >= last_step) | stop_asked
-    if step + 1 >= num_known:
-        tl.store(tokens_ptr + step + 1, token)
-        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
-        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
-    tl.store(step_ptr, step + 1)
-    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
-    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+    finish_step(
+        control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE
+    )
     signal(task, event_ptr, PORTABLE)
 
 

@@ -12,15 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.argmax import best_of_parts, publish_token
+from tri_mpk.ops.argmax import best_of_parts, finish_step
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
 from tri_mpk.scheduler.device import (
     CONTROL_EOS,
-    CONTROL_LAST_EPOCH,
     CONTROL_LAST_STEP,
     CONTROL_NUM_EOS,
     CONTROL_NUM_KNOWN,
-    CONTROL_STOP,
 )
 from tri_mpk.scheduler.graph import Address, Task
 from tri_mpk.scheduler.peers import signal_ranks, wait_for_ranks
@@ -42,13 +40,9 @@ def rank_argmax_tile(
     stop = step >= last_step
     for rank in tl.static_range(RANKS):
         stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
-    if step + 1 >= num_known:
-        tl.store(tokens_ptr + step + 1, token)
-        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
-        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
-    tl.store(step_ptr, step + 1)
-    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
-    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+    finish_step(
+        control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE
+    )
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
 
 

@@ -44,7 +44,7 @@ class Queues:
 
     def without_waits(self) -> None:
         """Only the end of a step is still waited for, so that all workers agree on how many steps there are."""
-        self.words[~self.of_op("argmax"), words.TASK_WAIT_COUNT.value] = 0
+        self.words[~self.of_op("argmax", "sample"), words.TASK_WAIT_COUNT.value] = 0
 
     def without_attention(self) -> None:
         self.words[self.of_op("attention"), words.TASK_VARIANT.value] = SKIPPED

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from tri_mpk.sampling import Sampling
+
+MAX_ENDS = 32  # ids that end a text
 DEFAULT_NEW_TOKENS = 20  # transformers' own, when no length is given anywhere
 
 # Parameters of GenerationConfig that change the text, with the values that mean "off".
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
-    "do_sample": (None, False),
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
-    "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
@@ -46,23 +48,44 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "return_dict_in_generate": (None, False),
     "token_healing": (None, False),
     "cache_implementation": (None, "static", "dynamic"),
     "use_cache": (None, True),
     "diversity_penalty": (None, 0.0),
     "num_beam_groups": (None, 1),
 }
-# These act on sampling or on beams only, or on how transformers itself runs.
+# The same, of what acts on sampling only.
+NEUTRAL_WHEN_SAMPLING: dict[str, tuple[object, ...]] = {
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+}
+# How tokens are chosen, with transformers' defaults; None is "off".
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+OURS = {"seed", "output_logprobs", "stop_token_ids"}  # parameters that transformers does not have
+# What else is used here, and what acts on beams only or on how transformers itself runs.
 WITHOUT_EFFECT = {
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h",
-    "early_stopping", "length_penalty", "low_memory", "pad_token_id", "bos_token_id", "decoder_start_token_id",
-    "max_length", "max_new_tokens", "eos_token_id", "transformers_version", "cache_config", "prefill_chunk_size",
-    "compile_config", "disable_compile", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
-    "generation_mode", "_from_model_config", "output_loading_info", "max_cache_len", "assistant_ensemble_weight",
-    "continuous_batching_config",
+    *SAMPLING, *NEUTRAL_WHEN_SAMPLING, "do_sample", "return_dict_in_generate", "early_stopping", "length_penalty",
+    "low_memory", "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens",
+    "eos_token_id", "transformers_version", "cache_config", "prefill_chunk_size", "compile_config", "disable_compile",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "generation_mode", "_from_model_config",
+    "output_loading_info", "max_cache_len", "assistant_ensemble_weight", "continuous_batching_config",
 }  # fmt: skip
+
+
+@dataclass
+class GenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with return_dict_in_generate=True.
+
+    sequences: int64 [1, prompt length + new tokens].
+    logprobs: fp32 [1, new tokens], with output_logprobs=True; of every new token the logarithm of its probability in
+        the distribution that it was chosen from, after penalty, temperature and cuts: what transformers calls
+        compute_transition_scores(sequences, scores, normalize_logits=True).
+    """
+
+    logprobs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +93,8 @@ class GenerationRequest:
     prompt: torch.Tensor  # [prompt length] int64 on the CPU
     max_length: int  # of prompt and new tokens together
     eos_token_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    return_dict: bool = False
 
 
 def resolve(
@@ -89,11 +114,14 @@ def resolve(
     prompt = check_input_ids(input_ids, attention_mask, vocab_size)
     config = _given(defaults) | ({} if generation_config is None else _given(generation_config))
     for name, value in parameters.items():
-        if name not in NEUTRAL_VALUES and name not in WITHOUT_EFFECT and value is not None:
+        if name not in NEUTRAL_VALUES.keys() | WITHOUT_EFFECT | OURS and value is not None:
             raise NotImplementedError(f"generate(): {name} is not supported; leave it out")
     for name in vars(GenerationConfig()).keys() & config.keys() - NEUTRAL_VALUES.keys() - WITHOUT_EFFECT:
         raise NotImplementedError(f"generate(): {name}={config[name]!r} of the generation_config is not supported")
-    for name, neutral in NEUTRAL_VALUES.items():
+    do_sample = parameters.get("do_sample", config.get("do_sample"))
+    if do_sample not in (None, False, True):
+        raise ValueError(f"do_sample={do_sample!r} must be True or False")
+    for name, neutral in (NEUTRAL_VALUES | (NEUTRAL_WHEN_SAMPLING if do_sample else {})).items():
         value = parameters.get(name, config.get(name))
         if value not in neutral:
             origin = "" if name in parameters else f" ({_origin(name, generation_config)})"
@@ -117,7 +145,29 @@ def resolve(
             " ask for fewer or load the model with a larger max_seq_len"
         )
     eos = parameters["eos_token_id"] if "eos_token_id" in parameters else config.get("eos_token_id")
-    return GenerationRequest(prompt, max_length, _token_ids(eos, vocab_size))
+    ends = _token_ids("eos_token_id", eos, vocab_size)
+    ends += _token_ids("stop_token_ids", parameters.get("stop_token_ids"), vocab_size)
+    if len(ends) > MAX_ENDS:
+        raise NotImplementedError(
+            f"{len(ends)} ids of eos_token_id and stop_token_ids; at most {MAX_ENDS} are supported"
+        )
+    return_dict = bool(parameters.get("return_dict_in_generate", config.get("return_dict_in_generate")))
+    return GenerationRequest(prompt, max_length, ends, _sampling(parameters, config, bool(do_sample)), return_dict)
+
+
+def _sampling(parameters: dict[str, object], config: dict[str, object], do_sample: bool) -> Sampling:
+    """Parameters of sampling are looked at only when sampling, as in transformers."""
+    given = {name: parameters.get(name, config.get(name, default)) for name, default in SAMPLING.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not do_sample:
+        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
+    logprobs = parameters.get("output_logprobs")
+    if logprobs and not parameters.get("return_dict_in_generate", config.get("return_dict_in_generate")):
+        raise ValueError("output_logprobs=True needs return_dict_in_generate=True, or there is no place for them")
+    seed = parameters.get("seed")
+    if seed is None:
+        seed = int(torch.randint((1 << 63) - 1, ())) if do_sample else 0
+    return Sampling(do_sample, seed=seed, logprobs=bool(logprobs), **given)
 
 
 def _given(config: GenerationConfig) -> dict[str, object]:
@@ -172,14 +222,12 @@ def _positive(name: str, value: object) -> int:
     return value
 
 
-def _token_ids(eos: object, vocab_size: int) -> tuple[int, ...]:
-    if eos is None:
+def _token_ids(name: str, given: object, vocab_size: int) -> tuple[int, ...]:
+    if given is None:
         return ()
-    ids = torch.as_tensor(eos).reshape(-1).tolist()
-    if len(ids) > 32:
-        raise NotImplementedError(f"{len(ids)} eos_token_id are not supported; at most 32 are")
+    ids = torch.as_tensor(given).reshape(-1).tolist()
     for token in ids:
         # negative ids switch EOS off, as in transformers
         if not isinstance(token, int) or token >= vocab_size:
-            raise ValueError(f"eos_token_id={token!r} must be an integer below {vocab_size}")
+            raise ValueError(f"{name}={token!r} must be an integer below {vocab_size}")
     return tuple(ids)

@@ -31,6 +31,7 @@ TRITON_DTYPES = {
     torch.float16: "tl.float16",
     torch.int64: "tl.int64",
     torch.int32: "tl.int32",
+    torch.int8: "tl.int8",
 }
 TASK_FIELDS = device.TASK_FIELDS.value
 # device functions that the worker loop itself calls

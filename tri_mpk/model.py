@@ -14,12 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tri_mpk.distributed import Ranks, connect
-from tri_mpk.generation import check_input_ids, resolve
+from tri_mpk.generation import GenerateOutput, check_input_ids, resolve
 from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
+from tri_mpk.sampling import Sampling
 from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
 from tri_mpk.tuning_store import find_tuning
@@ -109,14 +110,22 @@ class CausalLM:
         attention_mask: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
         **parameters: object,
-    ) -> torch.Tensor:
-        """Greedy text from the prompt to an EOS id or the length limit, in one kernel launch.
+    ) -> torch.Tensor | GenerateOutput:
+        """Text from the prompt to an EOS id or the length limit, in one kernel launch.
 
-        Parameter names and defaults are transformers'. `streamer.put` is called with every token while the kernel runs.
+        Parameter names, defaults and their precedence are transformers': max_new_tokens, eos_token_id, do_sample,
+        temperature, top_k (50 when sampling), top_p, min_p, repetition_penalty, ... Beside them there are
 
-        Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`.
-        Raises: ValueError for bad input, NotImplementedError for what is not supported (sampling, batches, ...),
-        MegakernelTimeout. After Ctrl-C the model stays usable.
+        seed: the text is a function of it, the prompt and the parameters. None: drawn from torch's default generator.
+        stop_token_ids: end the text like EOS ids, which they do not replace.
+        output_logprobs: see GenerateOutput. Needs return_dict_in_generate=True.
+
+        `streamer.put` is called with every token while the kernel runs.
+
+        Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`; a GenerateOutput with
+        return_dict_in_generate=True.
+        Raises: ValueError for bad input, NotImplementedError for what is not supported (beams, batches, ..., and
+        anything but plain greedy decoding on several ranks), MegakernelTimeout. After Ctrl-C the model stays usable.
         """
         request = resolve(
             input_ids,
@@ -127,8 +136,15 @@ class CausalLM:
             generation_config=generation_config,
             parameters=parameters,
         )
+        if self.ranks is not None and request.sampling != Sampling():
+            raise NotImplementedError(
+                "on several ranks decoding is greedy so far; pass do_sample=False, repetition_penalty=1.0 and no"
+                " output_logprobs"
+            )
         length = len(request.prompt)
-        launch = LaunchRequest(length, request.max_length - 2, request.eos_token_ids, logits_from=length - 1)
+        launch = LaunchRequest(
+            length, request.max_length - 2, request.eos_token_ids, length - 1, sampling=request.sampling
+        )
         new_tokens = []
         with self._lock:
             if streamer is not None:
@@ -144,8 +160,14 @@ class CausalLM:
                 tokens.close()  # asks the kernel to stop, and waits for it, if anything above raised
                 if streamer is not None:
                     streamer.end()  # also after Ctrl-C: text streamers hold back the last word
+            logprobs = None
+            if request.sampling.logprobs:
+                logprobs = self.kernel.tensors["logprobs"].data[length : length + len(new_tokens)].cpu().clone()
         device = input_ids.device if isinstance(input_ids, torch.Tensor) else self.device
-        return torch.cat((request.prompt, torch.tensor(new_tokens, dtype=torch.int64)))[None].to(device)
+        sequences = torch.cat((request.prompt, torch.tensor(new_tokens, dtype=torch.int64)))[None].to(device)
+        if not request.return_dict:
+            return sequences
+        return GenerateOutput(sequences=sequences, logprobs=None if logprobs is None else logprobs[None].to(device))
 
     @torch.no_grad()
     def __call__(

@@ -31,9 +31,12 @@ from tri_mpk.ops.rank_rmsnorm_gated_linear import RANK_RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rank_rmsnorm_linear import RANK_RMSNORM_LINEAR
 from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
+from tri_mpk.ops.sample import SAMPLE, score_size
+from tri_mpk.ops.sampling import MAX_VOCAB, NUM_INDICES, NUM_SCRATCH
 from tri_mpk.ops.stop_request import STOP_REQUEST
 from tri_mpk.program import Program, kernel_constants, plan
 from tri_mpk.runtime import CudaRuntime, InterpreterRuntime, LaunchRequest, Runtime, shared_memory_limit
+from tri_mpk.sampling import Sampling
 from tri_mpk.scheduler.peers import MAX_RANKS
 from tri_mpk.tuning import Tuning, choose_tuning, largest_block_kv
 
@@ -500,6 +503,32 @@ class PersistentKernel:
         else:
             self._call(RANK_ARGMAX, label, grid_dim, policy, tensors | {"asked": asked})
 
+    def sample_layer(
+        self,
+        *,
+        input: tuple[TensorHandle, TensorHandle],
+        grid_dim: int | None = None,
+        label: str | None = None,
+        policy: str | None = None,
+    ) -> None:
+        """Like argmax_layer, but a launch may ask for tokens at random, a repetition penalty and log-probabilities:
+        `LaunchRequest.sampling`. Behind lm_head_layer, on one rank only.
+        """
+        if self.world_size > 1:
+            raise NotImplementedError("sample_layer is not supported on several ranks so far; use argmax_layer")
+        if self.vocab_size > MAX_VOCAB.value:
+            raise NotImplementedError(
+                f"a vocabulary of {self.vocab_size} is not supported; at most {MAX_VOCAB.value} is"
+            )
+        tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
+        tensors["logprobs"] = self.new_tensor((self.max_seq_len,), torch.float32, name="logprobs")
+        seen = torch.zeros(self.vocab_size, dtype=torch.int8, device=self.device)
+        tensors["seen"] = self.attach_input(seen, name="seen")  # launches with a repetition penalty fill it in
+        tensors["scores"] = self.new_tensor((score_size(self.vocab_size),), torch.float32, name="scores")
+        tensors["scratch"] = self.new_tensor((NUM_SCRATCH.value,), torch.float32, name="sample.scratch")
+        tensors["indices"] = self.new_tensor((NUM_INDICES.value,), torch.int32, name="sample.indices")
+        self._call(SAMPLE, label, grid_dim, policy, tensors)
+
     def stop_request_layer(self, *, output: TensorHandle, label: str | None = None) -> None:
         """Whether the hosts ask to stop, told to all ranks: `output` int32, symmetric, [world_size, 1]."""
         _check_symmetric("stop_request_layer", output, "output", (self.world_size, 1))
@@ -548,7 +577,7 @@ class PersistentKernel:
     def plan(self) -> Program:
         """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
         if self.program is None:
-            if not any(call.op in (ARGMAX, RANK_ARGMAX) for call in self.calls):
+            if not any(call.op in (ARGMAX, RANK_ARGMAX, SAMPLE) for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
             weights = [
                 t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
@@ -597,6 +626,8 @@ class PersistentKernel:
             raise ValueError(
                 f"last_step={request.last_step} does not fit the {self.max_seq_len} positions of tokens; choose less"
             )
+        if request.sampling != Sampling() and not any(call.op is SAMPLE for call in self.calls):
+            raise ValueError("the graph has no sample_layer, so tokens are chosen greedily; leave sampling out")
         self.compile()
         return self.runtime.run(request)
 

@@ -30,6 +30,7 @@ from tri_mpk.generator import import_source, write_source
 from tri_mpk.gpu_profile import device_properties
 from tri_mpk.ops import argmax
 from tri_mpk.program import COMPILE_OPTIONS, Program, SharedMemoryPlan
+from tri_mpk.sampling import Sampling
 from tri_mpk.scheduler import device as words
 from tri_mpk.scheduler import timing
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues, heap_name
@@ -55,6 +56,7 @@ class LaunchRequest:
     last_step: int  # position of the last token to process
     eos_token_ids: tuple[int, ...] = ()
     logits_from: int = 0  # first position whose logits are wanted
+    sampling: Sampling = Sampling()  # needs a graph with sample_layer, unless it is greedy decoding
     logits: torch.Tensor | None = None  # [positions, V] fp32 for the logits of all positions; None: only the last
 
 
@@ -158,6 +160,13 @@ class Runtime:
             control[words.CONTROL_STEP_RECORDS.value] = self.step_records
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
+        for word, value in request.sampling.control_words().items():
+            control[word] = value
+        if request.sampling.penalises:
+            seen = self.program.tensors["seen"].data
+            known = self.program.tensors["tokens"].data.view(-1)[: request.num_known]
+            seen.zero_()
+            seen[known] = 1  # those that the kernel chooses follow
         self.control[:CONTROL_WORDS].copy_(control)
         self.control[words.CONTROL_FIRST_STEP.value] = self.program.tensors["step"].data.view(())
         self.mailbox.zero_()

@@ -230,4 +230,7 @@ def build(
         eps=shape.eps,
         label="lm_head",
     )
-    mpk.argmax_layer(input=best, asked=asked if several else None, label="argmax")
+    if several:
+        mpk.argmax_layer(input=best, asked=asked, label="argmax")
+    else:
+        mpk.sample_layer(input=best, label="sample")

@@ -1,0 +1,178 @@
+"""The end of a decode step: which token comes next, and whether one comes. argmax, or a token drawn at random.
+
+best value, index [num_parts] read | logits [V] fp32 read | seen [V] int8 read and written
+tokens [max_seq_len] int64 written | logprobs [max_seq_len] fp32 written | step [1] int32 written | scratch
+A single task, as in argmax.py. How a token is chosen is data, words of the control block: without sampling, repetition
+penalty and log-probabilities the logits are not read at all. Else the worker goes over the vocabulary a few times
+(sampling.py): repetition penalty, temperature, top-k, top-p, min-p, in this order. The random number is Philox of seed
+and position, so a request gets the same tokens whatever runs beside it. A log-probability is that of the distribution
+that the token was chosen from.
+Source: transformers GenerationMixin._get_logits_processor and _sample; Philox: Salmon et al., SC 2011.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.argmax import MAILBOX_STOP, STOP_INTERVAL, best_of_parts, finish_step
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.sampling import SLOTS, best_score, over_block, sample, write_scores
+from tri_mpk.scheduler.device import (
+    CONTROL_CHOICE,
+    CONTROL_EOS,
+    CONTROL_LAST_STEP,
+    CONTROL_LOGITS_STRIDE,
+    CONTROL_MIN_P,
+    CONTROL_NUM_EOS,
+    CONTROL_NUM_KNOWN,
+    CONTROL_REPETITION_PENALTY,
+    CONTROL_SEED,
+    CONTROL_TEMPERATURE,
+    CONTROL_TOP_K,
+    CONTROL_TOP_P,
+    signal,
+    wait,
+)
+from tri_mpk.scheduler.graph import Address, Task
+
+# Values of CONTROL_CHOICE
+CHOOSE_BEST = tl.constexpr(0)  # of what lm_head's tasks found
+CHOOSE_BEST_SCORE = tl.constexpr(1)  # after the repetition penalty, and with its log-probability
+CHOOSE_AT_RANDOM = tl.constexpr(2)
+
+MAX_TURN = 4096  # 8 numbers per thread: with twice as many the kernel spills
+
+
+@triton.jit
+def control_float(control_ptr, word):
+    return tl.load(control_ptr + word).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def choose(
+    control_ptr, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
+    V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The token for a position and its log-probability; -1 if no logit is a number."""
+    penalty = control_float(control_ptr, CONTROL_REPETITION_PENALTY)
+    temperature = control_float(control_ptr, CONTROL_TEMPERATURE)
+    best = write_scores(logits_ptr, seen_ptr, scores_ptr, penalty, temperature, V, TURN)
+    top = over_block(best, scratch_ptr, "max")
+    if choice == CHOOSE_AT_RANDOM:
+        uniform = tl.rand(tl.load(control_ptr + CONTROL_SEED), position)
+        top_k = tl.load(control_ptr + CONTROL_TOP_K).to(tl.int32)
+        top_p, min_p = control_float(control_ptr, CONTROL_TOP_P), control_float(control_ptr, CONTROL_MIN_P)
+        token, logprob = sample(
+            scores_ptr, scratch_ptr, indices_ptr, best, top, uniform, top_k, top_p, min_p, V, TURN, PORTABLE
+        )
+    else:
+        first, weights = best_score(scores_ptr, top, V, TURN)
+        token = over_block(first, scratch_ptr, "min").to(tl.int32)
+        token = tl.where(token < V, token, -1)
+        logprob = -tl.log(over_block(weights, scratch_ptr, "sum"))
+    return token, logprob
+
+
+@triton.jit
+def sample_tile(
+    task, event_ptr, control_ptr, logits_ptr, mailbox_ptr, epoch, step, step_ptr,
+    best_value_ptr, best_index_ptr, tokens_ptr, logprobs_ptr, seen_ptr,  # in, in, out, out, in and out
+    scores_ptr, scratch_ptr, indices_ptr,
+    NUM_PARTS: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    eos = tl.load(control_ptr + CONTROL_EOS + tl.arange(0, 32))
+    is_eos_id = tl.arange(0, 32) < tl.load(control_ptr + CONTROL_NUM_EOS)
+    num_known = tl.load(control_ptr + CONTROL_NUM_KNOWN).to(tl.int32)
+    last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
+    choice = tl.load(control_ptr + CONTROL_CHOICE).to(tl.int32)
+    asks = step % STOP_INTERVAL == 0
+    stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
+    if (choice != CHOOSE_BEST) & (step + 1 >= num_known):
+        row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
+        chosen, logprob = choose(
+            control_ptr, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr, V, TURN, PORTABLE
+        )
+        token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
+        tl.store(logprobs_ptr + step + 1, logprob)
+        tl.store(seen_ptr + token, 1)
+    stop = (step >= last_step) | stop_asked
+    finish_step(
+        control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE
+    )
+    signal(task, event_ptr, PORTABLE)
+
+
+def turn(vocab_size: int) -> int:
+    """Tokens of a turn: 64 KiB of scores on their way together keep a worker busy, unless the vocabulary is smaller."""
+    return min(MAX_TURN, next_power_of_2(max(vocab_size, SLOTS.value)))
+
+
+def score_size(vocab_size: int) -> int:
+    """Elements that the scores of a vocabulary take: whole turns."""
+    return -(-vocab_size // turn(vocab_size)) * turn(vocab_size)
+
+
+def cut_sample(
+    machine: Machine,
+    *,
+    best_value: TensorHandle,
+    best_index: TensorHandle,
+    tokens: TensorHandle,
+    logprobs: TensorHandle,
+    seen: TensorHandle,
+    scores: TensorHandle,
+    scratch: TensorHandle,
+    indices: TensorHandle,
+    grid_dim: int | None = None,
+) -> Cut:
+    if grid_dim not in (None, 1):
+        raise ValueError(f"sample has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    reads = {"best_value_ptr": best_value, "best_index_ptr": best_index}
+    writes = {
+        "tokens_ptr": tokens, "logprobs_ptr": logprobs, "seen_ptr": seen,
+        "scores_ptr": scores, "scratch_ptr": scratch, "indices_ptr": indices,
+    }  # fmt: skip
+    task = Task(
+        op=0,
+        tile=(0,),
+        reads=(best_value.whole(), best_index.whole(), seen.whole()),
+        writes=tuple(tensor.whole() for tensor in writes.values()),
+        cost_bytes=8 * best_value.numel,  # of greedy decoding
+        fields={name: Address(tensor.name) for name, tensor in (reads | writes).items()},
+    )
+    constants = {"NUM_PARTS": best_value.numel, "V": seen.numel, "TURN": turn(seen.numel)}
+    return Cut(constants, reads | writes, [task])
+
+
+def sample_torch(
+    logits: torch.Tensor,
+    previous: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> torch.Tensor:
+    """Probabilities [V] of the next token after the tokens `previous`."""
+    scores = logits.float().clone()
+    seen = previous.unique()
+    scores[seen] = torch.where(scores[seen] < 0, scores[seen] * repetition_penalty, scores[seen] / repetition_penalty)
+    scores /= temperature
+    if 0 < top_k < len(scores):
+        scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
+    if top_p < 1:
+        order = scores.sort(descending=False, stable=True).indices
+        cut = scores[order].softmax(-1).cumsum(-1) <= 1 - top_p
+        cut[-1] = False
+        scores[order[cut]] = -torch.inf
+    probabilities = scores.softmax(-1)
+    scores[probabilities < min_p * probabilities.max()] = -torch.inf
+    return scores.softmax(-1)
+
+
+SAMPLE = Op("sample", sample_tile, cut_sample, sample_torch)
