@@ -5,8 +5,8 @@ top-p and min-p each cut it off somewhere. Two ways lead there:
 
 * the list: a lower bound that few tokens reach (from the largest scores of 512 slots of the vocabulary, or from min-p)
   is found without a sort. Who reaches it is collected, sorted and cut. Two passes over the vocabulary in all.
-* the search, for what may keep many tokens (a large top-k, a flat distribution under top-p): a quarter of the possible
-  sort keys is left after every pass, until they hold one token.
+* the search, for what may keep many tokens (a large top-k, a flat distribution under top-p): every pass halves the sort
+  keys that may be the last one, until they hold one token. About 20 passes.
 
 One uniform number then picks from the cumulative weights of what is left.
 
@@ -220,38 +220,22 @@ def search(
     low, high = lowest, sort_key(top, NUM_KEYS)
     from_low, from_high = top * 0.0 + V, top * 0.0  # tokens from these keys on
     while (high - low > 1) & (from_low - from_high > 1.0):
-        # three keys between them, a < b < c; where there are fewer, no token has a larger one
-        quarter = tl.maximum((high - low) // 4, 1)
-        from_a = tl.zeros([SLOTS], tl.float32)
-        from_b, from_c, weight_a, weight_b, weight_c = from_a, from_a, from_a, from_a, from_a
+        middle = low + (high - low) // 2
+        number = tl.zeros([SLOTS], tl.float32)
+        weights = tl.zeros([SLOTS], tl.float32)
         for first in tl.range(0, V, TURN, num_stages=1):
             token = first + spread(TURN)
             score = tl.load(scores_ptr + token)
-            place = sort_key(score, token if BY_WEIGHT else 0) - low
-            from_a += slot_sums((place >= quarter).to(tl.float32))
-            from_b += slot_sums((place >= 2 * quarter).to(tl.float32))
-            from_c += slot_sums((place >= 3 * quarter).to(tl.float32))
+            reached = sort_key(score, token if BY_WEIGHT else 0) >= middle
+            number += slot_sums(reached.to(tl.float32))
             if BY_WEIGHT:
-                weight = tl.exp(score - top)
-                weight_a += slot_sums(tl.where(place >= quarter, weight, 0.0))
-                weight_b += slot_sums(tl.where(place >= 2 * quarter, weight, 0.0))
-                weight_c += slot_sums(tl.where(place >= 3 * quarter, weight, 0.0))
-        from_a = over_block(from_a, scratch_ptr, "sum")
-        from_b = over_block(from_b, scratch_ptr, "sum")
-        from_c = over_block(from_c, scratch_ptr, "sum")
-        if BY_WEIGHT:
-            reach_a = over_block(weight_a, scratch_ptr, "sum") >= goal
-            reach_b = over_block(weight_b, scratch_ptr, "sum") >= goal
-            reach_c = over_block(weight_c, scratch_ptr, "sum") >= goal
-        else:
-            reach_a, reach_b, reach_c = from_a >= goal, from_b >= goal, from_c >= goal
-        a = low + quarter
-        b = a + quarter
-        c = b + quarter
-        high = tl.where(reach_c, high, tl.where(reach_b, c, tl.where(reach_a, b, a)))
-        from_high = tl.where(reach_c, from_high, tl.where(reach_b, from_c, tl.where(reach_a, from_b, from_a)))
-        low = tl.where(reach_c, c, tl.where(reach_b, b, tl.where(reach_a, a, low)))
-        from_low = tl.where(reach_c, from_c, tl.where(reach_b, from_b, tl.where(reach_a, from_a, from_low)))
+                weights += slot_sums(tl.where(reached, tl.exp(score - top), 0.0))
+        from_middle = over_block(number, scratch_ptr, "sum")
+        reach = over_block(weights, scratch_ptr, "sum") if BY_WEIGHT else from_middle
+        enough = reach >= goal
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        from_low = tl.where(enough, from_middle, from_low)
+        from_high = tl.where(enough, from_high, from_middle)
     return low
 
 
@@ -292,8 +276,8 @@ def cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p):
             other = tl.load(scratch_ptr + WEIGHT + first + i, mask=first + i < number, other=0.0)
             before += tl.where(first + i < places, other, 0.0)
             listed += other
-    mass = tl.where(top_k > 0, listed, mass)
-    kept = ((before < top_p * mass) | (top_p >= 1.0) | (places == 0)) & (weight >= min_p)
+    limit = tl.where(top_p < 1.0, top_p * tl.where(top_k > 0, listed, mass), float("inf"))
+    kept = ((before < limit) | (places == 0)) & (weight >= min_p)
     weight = tl.where(kept, weight, 0.0)
     tl.debug_barrier()
     tl.store(scratch_ptr + WEIGHT + places, weight)
@@ -301,33 +285,40 @@ def cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p):
 
 
 @triton.jit
+def cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V: tl.constexpr, TURN: tl.constexpr):
+    """The sort key from which on top-k and top-p keep tokens, for any number of them."""
+    key = sort_key(top * 0.0 - 3.4028234e38, 0)  # of the lowest finite score
+    if top_k > 0:
+        key = search(scores_ptr, scratch_ptr, top_k.to(tl.float32), key, top, False, V, TURN)
+    if top_p < 1.0:
+        mass = over_block(weigh(scores_ptr, top, key, 0.0, V, TURN), scratch_ptr, "sum")
+        # what is less likely than the best by exp(-40) weighs nothing, were it the whole vocabulary
+        key = tl.maximum(key, sort_key(top - 40.0, 0))
+        goal = tl.maximum(top_p * mass, 1e-30)  # the best is always kept
+        key = search(scores_ptr, scratch_ptr, goal, key, top, True, V, TURN)
+    return key
+
+
+@triton.jit
 def cut_vocabulary(
     scores_ptr, scratch_ptr, indices_ptr, uniform, top, top_k, top_p, min_p,
     V: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """For any number of tokens: the slot where `uniform` leads; its tokens' weights stand where a list's would.
+    """The slot where `uniform` leads, for any number of tokens: its tokens' weights stand where a list's would.
 
     Returns what all that is left weighs, and where in the slot's part of it `uniform` leads.
     """
-    boundary = sort_key(top * 0.0 - 3.4028234e38, 0)  # of the lowest finite score
-    if top_k > 0:
-        boundary = search(scores_ptr, scratch_ptr, top_k.to(tl.float32), boundary, top, False, V, min(TURN, 2048))
-    if top_p < 1.0:
-        mass = over_block(weigh(scores_ptr, top, boundary, 0.0, V, TURN), scratch_ptr, "sum")
-        # what is less likely than the best by exp(-40) weighs nothing, were it the whole vocabulary
-        boundary = tl.maximum(boundary, sort_key(top - 40.0, 0))
-        goal = tl.maximum(top_p * mass, 1e-30)  # the best is always kept
-        boundary = search(scores_ptr, scratch_ptr, goal, boundary, top, True, V, min(TURN, 2048))
-    weights = weigh(scores_ptr, top, boundary, min_p, V, TURN)
+    key = cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V, TURN)
+    weights = weigh(scores_ptr, top, key, min_p, V, TURN)
     left = over_block(weights, scratch_ptr, "sum")
     tl.store(scratch_ptr + SLOT + spread(SLOTS), weights)
     tl.debug_barrier()
     slot, target = pick(scratch_ptr + SLOT, uniform * left, SLOTS)
     places = spread(LISTED)
     token = places * SLOTS + slot
-    score = tl.load(scores_ptr + token, mask=(token < V) & (slot >= 0), other=float("-inf"))
+    score = tl.load(scores_ptr + token, mask=token < tl.where(slot >= 0, V, 0), other=float("-inf"))
     weight = tl.exp(score - top)
-    kept = (sort_key(score, token) >= boundary) & (weight >= min_p)
+    kept = (sort_key(score, token) >= key) & (weight >= min_p)
     tl.store(scratch_ptr + WEIGHT + places, tl.where(kept, weight, 0.0))
     tl.store(indices_ptr + TOKEN + places, token)
     return left, target
@@ -357,7 +348,7 @@ def pick(values_ptr, target, N: tl.constexpr):
     for i in tl.range(0, PER_LANE, num_stages=1):
         sums += tl.load(values_ptr + lanes * PER_LANE + i)
     lane, target = nearest_lane(sums, target)
-    values = tl.load(values_ptr + lane * PER_LANE + lanes, mask=(lanes < PER_LANE) & (lane >= 0), other=0.0)
+    values = tl.load(values_ptr + lane * PER_LANE + lanes, mask=lanes < tl.where(lane >= 0, PER_LANE, 0), other=0.0)
     place, target = nearest_lane(values, target)
     return tl.where(place >= 0, lane * PER_LANE + place, -1), target
 
