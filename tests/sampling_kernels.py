@@ -25,6 +25,7 @@ from transformers import (
 from tri_mpk._interpreter_worker import tune_interpreter
 from tri_mpk.ops.sample import SAMPLE, choose, score_size, turn
 from tri_mpk.ops.sampling import (
+    LISTED,
     NUM_INDICES,
     NUM_SCRATCH,
     TOKEN,
@@ -33,6 +34,7 @@ from tri_mpk.ops.sampling import (
     cut_key,
     cut_list,
     over_block,
+    pick,
     sort_key,
     write_scores,
 )
@@ -67,6 +69,15 @@ def list_kernel(
     number, mass = collect(scores_ptr, scratch_ptr, indices_ptr, top * 0.0 - float("inf"), top, V, TURN, True)
     cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p)
     tl.store(out_ptr, number)
+
+
+@triton.jit
+def draw_kernel(scratch_ptr, indices_ptr, tokens_ptr, seed):
+    """A token per program from the list that list_kernel has left."""
+    places = tl.arange(0, LISTED)
+    left = tl.sum(tl.load(scratch_ptr + WEIGHT + places), axis=0)
+    place, _ = pick(scratch_ptr + WEIGHT, tl.rand(seed, tl.program_id(0)) * left, LISTED)
+    tl.store(tokens_ptr + tl.program_id(0), tl.load(indices_ptr + TOKEN + place))
 
 
 @triton.jit
@@ -141,14 +152,18 @@ def processed(logits: torch.Tensor, previous: torch.Tensor, p: Sampling) -> torc
     return processors(previous[None], logits[None].clone())[0]
 
 
-def kept_by_list(logits: torch.Tensor, previous: torch.Tensor, p: Sampling) -> set[int]:
+def run_list(logits: torch.Tensor, previous: torch.Tensor, p: Sampling) -> tuple[Memory, int]:
     memory, out = Memory(len(logits)), torch.zeros(1, dtype=torch.int32)
     top_k = p.top_k if p.top_k < len(logits) else 0
     list_kernel[(1,)](
         logits, seen_mask(previous, len(logits)), memory.scores, memory.scratch, memory.indices, out,
         p.repetition_penalty, p.temperature, top_k, p.top_p, p.min_p, **memory.sizes,
     )  # fmt: skip
-    number = int(out)
+    return memory, int(out)
+
+
+def kept_by_list(logits: torch.Tensor, previous: torch.Tensor, p: Sampling) -> set[int]:
+    memory, number = run_list(logits, previous, p)
     kept = memory.scratch[WEIGHT.value :][:number] > 0
     return set(memory.indices[TOKEN.value :][:number][kept].tolist())
 
@@ -206,9 +221,10 @@ def kept() -> None:
 numbers = st.floats(0.0, 1.0, width=32)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
-    st.integers(1, 1300), st.integers(0, 1 << 30), st.sampled_from([0.0, 0.01, 1.0, 3.0, 1e4]), st.booleans(),
+    st.one_of(st.integers(1, 200), st.integers(1000, 1100)),
+    st.integers(0, 1 << 30), st.sampled_from([0.0, 0.01, 1.0, 3.0, 1e4]), st.booleans(),
     st.sampled_from([0.05, 0.5, 1.0, 2.5, 100.0]), st.integers(0, 1400), st.one_of(st.just(1.0), numbers),
     st.one_of(st.just(0.0), numbers), st.sampled_from([1.0, 1.3, 0.5, 10.0]),
 )  # fmt: skip
@@ -245,22 +261,28 @@ def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 def draws(number: int = 2000) -> None:
-    """How often tokens are chosen, by positions of one seed and by seeds; against the op's reference."""
+    """How often tokens are chosen, at many positions of a seed and with many seeds; against the op's reference."""
     for name, parameters in PARAMETERS.items():
-        vocab_size = 30 if name != "nothing" else 1100
-        logits, previous = 1.5 * torch.randn(vocab_size), torch.randint(vocab_size, (4,))
+        logits, previous = 1.5 * torch.randn(30), torch.randint(30, (4,))
+        p = Sampling(True, seed=1234, **parameters)
         probabilities = SAMPLE.reference(logits, previous, **parameters)
-        torch.testing.assert_close(probabilities, processed(logits, previous, Sampling(True, **parameters)).softmax(-1))
-        tokens, logprobs = run_choose(logits, Sampling(True, seed=1234, **parameters), previous, number, first=77)
-        torch.testing.assert_close(logprobs, probabilities[tokens].log(), rtol=1e-4, atol=1e-4)
-        deviation = chi_square(tokens, probabilities)
+        torch.testing.assert_close(probabilities, processed(logits, previous, p).softmax(-1))
+        memory, _ = run_list(logits, previous, p)
+        tokens = torch.full((number,), -1, dtype=torch.int32)
+        draw_kernel[(number,)](memory.scratch, memory.indices, tokens, p.seed)
+        deviation = chi_square(tokens.long(), probabilities)
         print("draws", name, f"{deviation:.2f}", flush=True)
         assert deviation < 4
-    p = {"top_k": 9, "temperature": 0.9}
-    seeds = range(1 << 40, (1 << 40) + number // 4)
-    tokens = torch.cat([run_choose(logits, Sampling(True, seed=seed, **p), previous, 1, 5)[0] for seed in seeds])
-    assert chi_square(tokens, SAMPLE.reference(logits, previous, **p)) < 4
-    print("draws by seeds", flush=True)
+    for vocab_size, parameters in ((40, {"top_k": 9, "temperature": 0.9}), (1100, {})):  # a list, and no list
+        logits, previous = 1.5 * torch.randn(vocab_size), torch.tensor([0])
+        probabilities = SAMPLE.reference(logits, previous, **parameters)
+        tokens, logprobs = run_choose(logits, Sampling(True, seed=5, **parameters), previous, number // 10, first=77)
+        torch.testing.assert_close(logprobs, probabilities[tokens].log(), rtol=1e-4, atol=1e-4)
+        assert chi_square(tokens, probabilities) < 4
+        seeds = range(1 << 40, (1 << 40) + number // 20)
+        tokens = torch.cat([run_choose(logits, Sampling(True, seed=i, **parameters), previous)[0] for i in seeds])
+        assert chi_square(tokens, probabilities) < 4
+        print("draws of", vocab_size, flush=True)
 
 
 def odd() -> None:
@@ -283,7 +305,7 @@ def odd() -> None:
         p = Sampling(True, seed=3, **parameters)
         tokens, logprobs = run_choose(flat, p, previous, 12)
         number = int(processed(flat, previous, p).isfinite().sum())
-        assert set(tokens.tolist()) <= expected_set(flat, previous, p)
+        assert set(tokens.tolist()) <= expected_set(flat, previous, p) | doubtful(flat, previous, p)
         assert len(set(tokens.tolist())) > min(number, 12) // 2
         torch.testing.assert_close(logprobs, torch.full((12,), -float(np.log(number))), rtol=1e-3, atol=1e-3)
     # a token depends on seed and position, and on nothing else
