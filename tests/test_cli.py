@@ -90,7 +90,7 @@ def test_inspect_json():
     for op in facts["ops"]:
         if op["bytes"] >= op["calls"] * (4 << 20):
             assert op["imbalance"] <= 1.04, op
-    assert {"qkv", "attention", "gate_up", "lm_head", "argmax"} <= {op["op"] for op in facts["ops"]}
+    assert {"qkv", "attention", "gate_up", "lm_head", "sample"} <= {op["op"] for op in facts["ops"]}
 
 
 def test_inspect_reads_a_config_file_and_says_so_without_a_gpu():
@@ -261,7 +261,7 @@ def test_profile_on_a_cpu(tmp_path: Path):
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert (facts["steps"], facts["first_step"], facts["num_workers"], facts["unit"]) == (2, 3, 2, "readings")
-    assert {"qkv", "attention", "gate_up", "lm_head", "argmax"} <= {op["op"] for op in facts["ops"]}
+    assert {"qkv", "attention", "gate_up", "lm_head", "sample"} <= {op["op"] for op in facts["ops"]}
 
 
 def test_each_rank_has_files_of_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from decoders import TINY, prompt, tiny_config, tiny_pair, transformers_model
 from tri_mpk.generation import NEUTRAL_VALUES, WITHOUT_EFFECT, resolve
+from tri_mpk.ops.sample import SAMPLE
+from tri_mpk.sampling import Sampling
 
 MAX_SEQ_LEN = 24
 PROMPT = prompt(3)
@@ -208,10 +210,8 @@ def test_the_default_length_stops_at_max_seq_len():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("do_sample", True),
         ("num_beams", 2),
         ("num_return_sequences", 3),
-        ("repetition_penalty", 1.1),
         ("no_repeat_ngram_size", 2),
         ("min_new_tokens", 2),
         ("min_length", 10),
@@ -221,7 +221,6 @@ def test_the_default_length_stops_at_max_seq_len():
         ("max_time", 1.0),
         ("guidance_scale", 1.5),
         ("penalty_alpha", 0.6),
-        ("return_dict_in_generate", True),
         ("output_scores", True),
         ("prompt_lookup_num_tokens", 3),
         ("use_mtp", True),
@@ -270,8 +269,8 @@ def test_no_parameter_of_transformers_is_dropped_silently():
 
 def test_the_checkpoints_generation_config_is_obeyed(pair):
     ours, _ = pair
-    refused = pytest.raises(NotImplementedError, match=r"repetition_penalty=1.1 \(from the checkpoint's")
-    with mock.patch.object(ours, "generation_config", GenerationConfig(repetition_penalty=1.1)), refused:
+    refused = pytest.raises(NotImplementedError, match=r"num_beams=2 \(from the checkpoint's")
+    with mock.patch.object(ours, "generation_config", GenerationConfig(num_beams=2)), refused:
         ours.generate(PROMPT)
     with mock.patch.object(ours, "generation_config", GenerationConfig(max_length=4)):
         assert ours.generate(PROMPT).shape == (1, 4)
@@ -304,6 +303,17 @@ def test_the_checkpoints_generation_config_is_obeyed(pair):
         (ValueError, "eos_token_id=96", {"eos_token_id": 96}),
         (ValueError, "eos_token_id=1.5", {"eos_token_id": 1.5}),
         (NotImplementedError, "at most 32", {"eos_token_id": list(range(33))}),
+        (NotImplementedError, "at most 32", {"eos_token_id": list(range(20)), "stop_token_ids": list(range(20))}),
+        (ValueError, "stop_token_ids=96", {"stop_token_ids": [3, 96]}),
+        (ValueError, "do_sample='yes'", {"do_sample": "yes"}),
+        (ValueError, "temperature=0.0 must be", {"do_sample": True, "temperature": 0.0}),
+        (ValueError, "top_k=-2 must be", {"do_sample": True, "top_k": -2}),
+        (ValueError, "top_p=1.5 must be", {"do_sample": True, "top_p": 1.5}),
+        (ValueError, "min_p=-0.1 must be", {"do_sample": True, "min_p": -0.1}),
+        (ValueError, "repetition_penalty=0.0 must be", {"repetition_penalty": 0.0}),
+        (ValueError, "seed=-1 must be", {"do_sample": True, "seed": -1}),
+        (ValueError, "needs return_dict_in_generate", {"output_logprobs": True}),
+        (NotImplementedError, "typical_p=0.5", {"do_sample": True, "typical_p": 0.5}),
     ],
 )
 def test_bad_input_is_named(error, text, parameters):
@@ -316,8 +326,102 @@ def test_bad_input_launches_nothing(pair):
     launches = ours.kernel.runtime.num_launches
     streamer = Recorder()
     with pytest.raises(NotImplementedError):
-        ours.generate(PROMPT, do_sample=True, streamer=streamer)
+        ours.generate(PROMPT, num_beams=2, streamer=streamer)
+    with pytest.raises(ValueError, match="temperature"):
+        ours.generate(PROMPT, do_sample=True, temperature=-1.0, streamer=streamer)
     assert ours.kernel.runtime.num_launches == launches and streamer.calls == []
+
+
+# ---- sampling ----
+
+
+def sampling_of(**parameters: object) -> Sampling:
+    return call(**parameters).sampling
+
+
+def test_sampling_takes_transformers_defaults_and_precedence():
+    assert sampling_of() == sampling_of(temperature=0.3, top_k=3, min_p=0.5, seed=5, top_p=9.0) == Sampling(seed=0)
+    assert sampling_of(do_sample=True, seed=5) == Sampling(True, top_k=50, seed=5)
+    assert sampling_of(do_sample=True, seed=5, top_k=None, min_p=0.1) == Sampling(True, min_p=0.1, seed=5)
+    checkpoint = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)
+    given = GenerationConfig(top_k=7, temperature=0.5)
+    expected = {"top_p": 0.95, "repetition_penalty": 1.05, "seed": 5}
+    assert sampling_of(config=checkpoint, seed=5) == Sampling(True, 0.6, 20, **expected)
+    assert sampling_of(config=checkpoint, generation_config=given, seed=5, temperature=0.4) == Sampling(
+        True, 0.4, 7, **expected
+    )
+    assert sampling_of(config=checkpoint, do_sample=False) == Sampling(repetition_penalty=1.05)
+
+
+def test_a_seed_makes_a_text_and_torch_makes_a_seed(pair):
+    ours, _ = pair
+
+    def text(**parameters: object) -> list[int]:
+        return ours.generate(PROMPT, max_new_tokens=6, do_sample=True, temperature=1.5, **parameters)[0].tolist()
+
+    first = text(seed=1)
+    other = ours.generate(prompt(5, seed=9), max_new_tokens=3, do_sample=True, seed=2)
+    assert text(seed=1) == first != text(seed=2)
+    assert other.shape == (1, 8)
+    torch.manual_seed(3)
+    drawn = text(), text()
+    torch.manual_seed(3)
+    assert (text(), text()) == drawn and drawn[0] != drawn[1]
+    state = torch.get_rng_state()
+    ours.generate(PROMPT, max_new_tokens=1)
+    assert torch.equal(torch.get_rng_state(), state)  # greedy decoding draws nothing
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 20.0])
+def test_greedy_with_a_penalty_equals_transformers(pair, penalty):
+    ours, theirs = pair
+    for input_ids in (PROMPT, PROMPT.repeat(1, 2)):
+        parameters = {"max_new_tokens": 10, "repetition_penalty": penalty}
+        assert torch.equal(ours.generate(input_ids, **parameters), theirs.generate(input_ids, **parameters))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_log_probabilities_of_greedy_tokens_equal_transformers(pair, penalty):
+    ours, theirs = pair
+    parameters = {"max_new_tokens": 5, "return_dict_in_generate": True, "repetition_penalty": penalty}
+    output = ours.generate(PROMPT, output_logprobs=True, **parameters)
+    expected = theirs.generate(PROMPT, output_scores=True, **parameters)
+    assert torch.equal(output.sequences, expected.sequences)
+    scores = theirs.compute_transition_scores(expected.sequences, expected.scores, normalize_logits=True)
+    torch.testing.assert_close(output.logprobs, scores, rtol=1e-4, atol=1e-4)
+    assert ours.generate(PROMPT, **parameters).logprobs is None
+
+
+def test_sampled_tokens_and_their_log_probabilities(pair):
+    """Teacher-forced: at each position transformers' processed scores of the text so far say what was allowed."""
+    ours, theirs = pair
+    p = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
+    output = ours.generate(
+        PROMPT, max_new_tokens=8, do_sample=True, seed=11, return_dict_in_generate=True, output_logprobs=True, **p
+    )
+    text = output.sequences[0]
+    with torch.no_grad():
+        logits = theirs(text[None]).logits[0]
+    for i, logprob in enumerate(output.logprobs[0], PROMPT.shape[1]):
+        expected = SAMPLE.reference(logits[i - 1], text[:i], **p)[text[i]].log()
+        torch.testing.assert_close(logprob, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_extreme_parameters_are_greedy(pair):
+    ours, _ = pair
+    greedy = ours.generate(PROMPT, max_new_tokens=4)
+    for parameters in ({"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}, {"min_p": 1.0}):
+        assert torch.equal(ours.generate(PROMPT, max_new_tokens=4, do_sample=True, **parameters), greedy)
+
+
+def test_stop_ids_end_the_text_beside_eos(pair, continuation):
+    ours, _ = pair
+    expected = continuation[: continuation.index(continuation[2]) + 1]
+    for parameters in (
+        {"stop_token_ids": [95, continuation[2]]},
+        {"stop_token_ids": [continuation[2]], "eos_token_id": 94},
+    ):
+        assert ours.generate(PROMPT, max_new_tokens=6, **parameters)[0, 3:].tolist() == expected
 
 
 # ---- logits ----

@@ -119,7 +119,7 @@ def test_other_shapes_do_not(source, changes):
 def test_a_branch_per_variant_not_per_layer(source):
     branches = re.findall(r"(?:if|elif) variant == (\d+):", source)
     assert [int(i) for i in branches] == list(range(len(branches)))
-    assert len(branches) == 8  # embedding, qkv, attention, o, gate and up, down, lm_head, argmax
+    assert len(branches) == 8  # embedding, qkv, attention, o, gate and up, down, lm_head, sample
 
 
 def test_written_once_under_its_hash(tmp_path, monkeypatch, source):

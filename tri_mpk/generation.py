@@ -164,9 +164,9 @@ def _sampling(parameters: dict[str, object], config: dict[str, object], do_sampl
     logprobs = parameters.get("output_logprobs")
     if logprobs and not parameters.get("return_dict_in_generate", config.get("return_dict_in_generate")):
         raise ValueError("output_logprobs=True needs return_dict_in_generate=True, or there is no place for them")
-    seed = parameters.get("seed")
+    seed = parameters.get("seed") if do_sample else 0
     if seed is None:
-        seed = int(torch.randint((1 << 63) - 1, ())) if do_sample else 0
+        seed = int(torch.randint((1 << 63) - 1, ()))
     return Sampling(do_sample, seed=seed, logprobs=bool(logprobs), **given)
 
 
