@@ -328,16 +328,32 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert out.count("A") == 4 and "tri-mpk: error: too long" in err and err.count(chat.HELP) == 2
 
 
-def test_sampling_defaults_are_neutralised_and_named(capsys: pytest.CaptureFixture):
+def test_decoding_is_greedy_unless_a_flag_says_how(capsys: pytest.CaptureFixture):
     from transformers import GenerationConfig
 
-    from tri_mpk.cli.text import greedy_parameters
+    from tri_mpk.cli.text import decoding_parameters
 
-    assert greedy_parameters(GenerationConfig(repetition_penalty=1.0)) == {}
+    plain, asked = GenerationConfig(), GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=1.1)
+    assert decoding_parameters(plain, False) == {}
+    assert decoding_parameters(plain, False, seed=3, top_k=None) == {"do_sample": True, "seed": 3}
+    assert decoding_parameters(asked, False, do_sample=True) == {"do_sample": True}
+    assert decoding_parameters(asked, False, do_sample=False, top_k=3) == {"do_sample": False, "top_k": 3}
     assert capsys.readouterr().err == ""
-    asked = GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=1.1)
-    assert greedy_parameters(asked) == {"do_sample": False, "repetition_penalty": 1.0}
-    assert "do_sample=True, repetition_penalty=1.1" in capsys.readouterr().err
+    assert decoding_parameters(asked, False, repetition_penalty=1.2) == {"do_sample": False, "repetition_penalty": 1.2}
+    assert decoding_parameters(asked, True) == {"do_sample": False, "repetition_penalty": 1.0}
+    assert "do_sample=True, repetition_penalty=1.1 is left out" in capsys.readouterr().err
+
+
+def test_a_seed_on_the_command_line():
+    flags = ["--device", "cpu", "--max-new-tokens", "4", "--max-seq-len", "32", "--no-progress", "--json"]
+    sampled = ["--temperature", "3.0", "--top-k", "0", "--seed", "7"]
+    first, again = (invoke("generate", TINY, "Call me", *flags, *sampled) for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["tokens"] == json.loads(again.stdout)["tokens"]
+    assert (
+        json.loads(invoke("generate", TINY, "Call me", *flags).stdout)["tokens"] != json.loads(first.stdout)["tokens"]
+    )
+    assert_error(invoke("generate", TINY, "Call me", *flags, "--top-p", "2"), "top_p=2.0 must be")
 
 
 def test_a_closed_pipe_is_no_error():

@@ -51,6 +51,20 @@ MaxNewTokensOption = Annotated[
 EosOption = Annotated[
     list[int] | None, typer.Option("--eos-token-id", help="Stop at this token (repeatable); default: the checkpoint's.")
 ]
+DoSampleOption = Annotated[
+    bool | None,
+    typer.Option("--do-sample/--greedy", help="Tokens at random, or the best; default: greedy unless a flag says how."),
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="When sampling: below 1.0 likely tokens become likelier.")
+]
+TopKOption = Annotated[int | None, typer.Option(help="Only the so many best tokens; 0: all. Default: 50.")]
+TopPOption = Annotated[float | None, typer.Option(help="Only the best tokens that have this probability together.")]
+MinPOption = Annotated[float | None, typer.Option(help="Only tokens of this part of the best one's probability.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+PenaltyOption = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1.0, tokens that occurred are less likely.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 

@@ -13,17 +13,24 @@ import typer
 from tri_mpk.cli.options import (
     CacheDirOption,
     DeviceOption,
+    DoSampleOption,
     DtypeOption,
     EosOption,
     JsonOption,
     MaxNewTokensOption,
     MaxSeqLenOption,
+    MinPOption,
     ModelArgument,
     NumWorkersOption,
     OfflineOption,
+    PenaltyOption,
     PolicyOption,
     ProgressOption,
     RevisionOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
     TuningOption,
     WaitBoundOption,
     hub_options,
@@ -63,17 +70,23 @@ def load(
     return model, tokenizer
 
 
-def greedy_parameters(config: GenerationConfig) -> dict[str, object]:
-    """What makes `generate` greedy where the checkpoint's defaults ask for sampling; says so."""
-    from tri_mpk.generation import NEUTRAL_VALUES
-
-    names = ("do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
-    asked = {name: getattr(config, name, None) for name in names}
-    asked = {name: value for name, value in asked.items() if value not in NEUTRAL_VALUES[name]}
+def decoding_parameters(config: GenerationConfig, several_ranks: bool, **flags: object) -> dict[str, object]:
+    """Parameters of `generate`: greedy decoding unless a flag asks for sampling; says what that leaves out."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if given.keys() - {"do_sample", "repetition_penalty"}:
+        given.setdefault("do_sample", True)
+    neutral = {"num_beams": 1, "no_repeat_ngram_size": 0}
+    if not given.get("do_sample"):
+        neutral["do_sample"] = False
+    if several_ranks:
+        neutral["repetition_penalty"] = 1.0
+    asked = {name: getattr(config, name, None) for name in neutral.keys() - given.keys()}
+    asked = {name: asked[name] for name in sorted(asked) if asked[name] not in (None, neutral[name])}
     if asked:
         settings = ", ".join(f"{name}={value}" for name, value in asked.items())
-        note(f"tri-mpk: decoding is greedy; the checkpoint's {settings} is left out")
-    return {name: NEUTRAL_VALUES[name][-1] for name in asked}
+        how = "random" if given.get("do_sample") else "greedy (--do-sample: random)"
+        note(f"tri-mpk: decoding is {how}; the checkpoint's {settings} is left out")
+    return {name: neutral[name] for name in asked} | given
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -100,6 +113,13 @@ def generate(
     ] = "auto",
     reduce_dtype: Annotated[str, typer.Option(help="Of what ranks send each other.")] = "float32",
     eos_token_id: EosOption = None,
+    do_sample: DoSampleOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    seed: SeedOption = None,
+    repetition_penalty: PenaltyOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text while it is made.")] = True,
     as_json: JsonOption = False,
     revision: RevisionOption = None,
@@ -107,12 +127,13 @@ def generate(
     local_files_only: OfflineOption = False,
     progress: ProgressOption = True,
 ) -> None:
-    """Continue a prompt greedily, in one kernel launch.
+    """Continue a prompt, in one kernel launch; greedily, unless a flag asks otherwise.
 
     \b
     Examples:
       tri-mpk generate meta-llama/Llama-3.2-1B "The sea is" --max-new-tokens 50
       tri-mpk generate demos/tiny --device cpu --json < prompt.txt
+      tri-mpk generate Qwen/Qwen3-8B "The sea is" --temperature 0.7 --top-p 0.9 --seed 1
       torchrun --nproc-per-node 2 -m tri_mpk generate Qwen/Qwen3-8B "The sea is"
     """
     text = read_prompt(prompt)
@@ -125,7 +146,10 @@ def generate(
 
     streaming = stream and not as_json
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
-    parameters = greedy_parameters(lm.generation_config)
+    parameters = decoding_parameters(
+        lm.generation_config, lm.ranks is not None, do_sample=do_sample, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, seed=seed, repetition_penalty=repetition_penalty,
+    )  # fmt: skip
     if eos_token_id:
         parameters["eos_token_id"] = list(eos_token_id)
     started = time.perf_counter()
@@ -169,12 +193,19 @@ def chat(
     tuning: TuningOption = None,
     policy: PolicyOption = "static",
     eos_token_id: EosOption = None,
+    do_sample: DoSampleOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    seed: SeedOption = None,
+    repetition_penalty: PenaltyOption = None,
     revision: RevisionOption = None,
     cache_dir: CacheDirOption = None,
     local_files_only: OfflineOption = False,
     progress: ProgressOption = True,
 ) -> None:
-    """Talk to a model that has a chat template. Greedy; each answer is one kernel launch.
+    """Talk to a model that has a chat template. Each answer is one kernel launch; greedy, unless a flag asks otherwise.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this.
 
@@ -195,7 +226,10 @@ def chat(
         model, hub, progress, dtype=dtype, device=device, max_seq_len=max_seq_len, num_workers=num_workers,
         wait_bound_s=wait_bound_s, tuning=tuning, policy=policy, tensor_parallel=1,
     )  # fmt: skip
-    parameters = greedy_parameters(lm.generation_config)
+    parameters = decoding_parameters(
+        lm.generation_config, lm.ranks is not None, do_sample=do_sample, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, seed=seed, repetition_penalty=repetition_penalty,
+    )  # fmt: skip
     if eos_token_id:
         parameters["eos_token_id"] = list(eos_token_id)
     converse(lm, tokenizer, system, max_new_tokens, parameters)
