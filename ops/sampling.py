@@ -21,7 +21,7 @@ SLOTS = tl.constexpr(512)
 LISTED = tl.constexpr(1024)  # tokens that a list holds
 MAX_VOCAB = tl.constexpr(1 << 19)  # a slot's tokens fit where a list's do
 SURE = tl.constexpr(256)  # of the slots: the bound of a larger top-k would be too low for a list
-NUM_KEYS = tl.constexpr(1 << 20)  # sort keys of one score, at least as many as tokens
+KEY_BITS = tl.constexpr(20)  # of a sort key, for the token: more than there are
 
 # Elements of the scratch memory, fp32.
 PARTIAL = tl.constexpr(0)  # a block's numbers on their way to one
@@ -106,22 +106,34 @@ def write_scores(
 
 
 @triton.jit
-def sort_key(score, token):
-    """int64 that grows with the score, and with the index of equal ones."""
+def ordered_bits(score):
+    """int32 that grows with the score."""
     bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits.to(tl.int64) * NUM_KEYS + token
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def weigh(scores_ptr, top, boundary, min_p, V: tl.constexpr, TURN: tl.constexpr):
+def sort_key(score, token):
+    """int64 that grows with the score, and with the index of equal ones."""
+    return ordered_bits(score).to(tl.int64) * (1 << KEY_BITS) + token
+
+
+@triton.jit
+def reaches(score, token, key):
+    """sort_key(score, token) >= key, in 32 bits."""
+    bits, key_bits = ordered_bits(score), (key >> KEY_BITS).to(tl.int32)
+    return (bits > key_bits) | ((bits == key_bits) & (token >= (key & ((1 << KEY_BITS) - 1)).to(tl.int32)))
+
+
+@triton.jit
+def weigh(scores_ptr, top, key, min_p, V: tl.constexpr, TURN: tl.constexpr):
     """What the tokens from a sort key on weigh (exp(score - top), if that is min_p at least), by slots."""
     weights = tl.zeros([SLOTS], tl.float32)
     for first in tl.range(0, V, TURN, num_stages=1):
         token = first + spread(TURN)
         score = tl.load(scores_ptr + token)
         weight = tl.exp(score - top)
-        weights += slot_sums(tl.where((sort_key(score, token) >= boundary) & (weight >= min_p), weight, 0.0))
+        weights += slot_sums(tl.where(reaches(score, token, key) & (weight >= min_p), weight, 0.0))
     return weights
 
 
@@ -217,7 +229,7 @@ def search(
 
     For top-k equal scores have equal keys: it keeps all that are as good as the last one.
     """
-    low, high = lowest, sort_key(top, NUM_KEYS)
+    low, high = lowest, sort_key(top, 1 << KEY_BITS)
     from_low, from_high = top * 0.0 + V, top * 0.0  # tokens from these keys on
     while (high - low > 1) & (from_low - from_high > 1.0):
         middle = low + (high - low) // 2
@@ -226,7 +238,7 @@ def search(
         for first in tl.range(0, V, TURN, num_stages=1):
             token = first + spread(TURN)
             score = tl.load(scores_ptr + token)
-            reached = sort_key(score, token if BY_WEIGHT else 0) >= middle
+            reached = reaches(score, token if BY_WEIGHT else 0, middle)
             number += slot_sums(reached.to(tl.float32))
             if BY_WEIGHT:
                 weights += slot_sums(tl.where(reached, tl.exp(score - top), 0.0))
@@ -318,7 +330,7 @@ def cut_vocabulary(
     token = places * SLOTS + slot
     score = tl.load(scores_ptr + token, mask=token < tl.where(slot >= 0, V, 0), other=float("-inf"))
     weight = tl.exp(score - top)
-    kept = (sort_key(score, token) >= key) & (weight >= min_p)
+    kept = reaches(score, token, key) & (weight >= min_p)
     tl.store(scratch_ptr + WEIGHT + places, tl.where(kept, weight, 0.0))
     tl.store(indices_ptr + TOKEN + places, token)
     return left, target
