@@ -22,6 +22,7 @@ LISTED = tl.constexpr(1024)  # tokens that a list holds
 MAX_VOCAB = tl.constexpr(1 << 19)  # a slot's tokens fit where a list's do
 SURE = tl.constexpr(256)  # of the slots: the bound of a larger top-k would be too low for a list
 KEY_BITS = tl.constexpr(20)  # of a sort key, for the token: more than there are
+NUM_KEYS = tl.constexpr(1 << 20)
 
 # Elements of the scratch memory, fp32.
 PARTIAL = tl.constexpr(0)  # a block's numbers on their way to one
@@ -115,14 +116,14 @@ def ordered_bits(score):
 @triton.jit
 def sort_key(score, token):
     """int64 that grows with the score, and with the index of equal ones."""
-    return ordered_bits(score).to(tl.int64) * (1 << KEY_BITS) + token
+    return ordered_bits(score).to(tl.int64) * NUM_KEYS + token
 
 
 @triton.jit
 def reaches(score, token, key):
     """sort_key(score, token) >= key, in 32 bits."""
     bits, key_bits = ordered_bits(score), (key >> KEY_BITS).to(tl.int32)
-    return (bits > key_bits) | ((bits == key_bits) & (token >= (key & ((1 << KEY_BITS) - 1)).to(tl.int32)))
+    return (bits > key_bits) | ((bits == key_bits) & (token >= (key & (NUM_KEYS - 1)).to(tl.int32)))
 
 
 @triton.jit
@@ -229,7 +230,7 @@ def search(
 
     For top-k equal scores have equal keys: it keeps all that are as good as the last one.
     """
-    low, high = lowest, sort_key(top, 1 << KEY_BITS)
+    low, high = lowest, sort_key(top, NUM_KEYS)
     from_low, from_high = top * 0.0 + V, top * 0.0  # tokens from these keys on
     while (high - low > 1) & (from_low - from_high > 1.0):
         middle = low + (high - low) // 2
