@@ -58,8 +58,8 @@ def choose(
     """The token for a position and its log-probability; -1 if no logit is a number."""
     penalty = control_float(control_ptr, CONTROL_REPETITION_PENALTY)
     temperature = control_float(control_ptr, CONTROL_TEMPERATURE)
-    best = write_scores(logits_ptr, seen_ptr, scores_ptr, penalty, temperature, V, TURN)
-    top = over_block(best, scratch_ptr, "max")
+    best = write_scores(logits_ptr, seen_ptr, scores_ptr, penalty, temperature, V, TURN, PORTABLE)
+    top = over_block(best, scratch_ptr, "max", PORTABLE)
     if choice == CHOOSE_AT_RANDOM:
         uniform = tl.rand(tl.load(control_ptr + CONTROL_SEED), position)
         top_k = tl.load(control_ptr + CONTROL_TOP_K).to(tl.int32)
@@ -68,10 +68,10 @@ def choose(
             scores_ptr, scratch_ptr, indices_ptr, best, top, uniform, top_k, top_p, min_p, V, TURN, PORTABLE
         )
     else:
-        first, weights = best_score(scores_ptr, top, V, TURN)
-        token = over_block(first, scratch_ptr, "min").to(tl.int32)
+        first, weights = best_score(scores_ptr, top, V, TURN, PORTABLE)
+        token = over_block(first, scratch_ptr, "min", PORTABLE).to(tl.int32)
         token = tl.where(token < V, token, -1)
-        logprob = -tl.log(over_block(weights, scratch_ptr, "sum"))
+        logprob = -tl.log(over_block(weights, scratch_ptr, "sum", PORTABLE))
     return token, logprob
 
 

@@ -42,17 +42,30 @@ NUM_INDICES = tl.constexpr(2064)
 
 
 @triton.jit
-def spread(N: tl.constexpr):
-    """0 to N - 1, thread by thread. Without the hint a thread would load neighbours, and trade them later."""
-    return tl.max_contiguous(tl.arange(0, N), 1)
+def spread(N: tl.constexpr, PORTABLE: tl.constexpr):
+    """0 to N - 1, thread by thread.
+
+    Hidden from the compiler, lest what follows from a thread's index is kept in registers all through the kernel.
+    """
+    index = tl.arange(0, N)
+    if not PORTABLE:
+        index = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [index], dtype=tl.int32, is_pure=False, pack=1)
+        index = tl.max_contiguous(index, N)
+    return index
 
 
 @triton.jit
-def over_block(x, scratch_ptr, WHAT: tl.constexpr):
+def tokens_of_turn(first, TURN: tl.constexpr, PORTABLE: tl.constexpr):
+    """[TURN / 512, 512]: a column is a slot, and a thread's."""
+    return first + tl.arange(0, TURN // SLOTS)[:, None] * SLOTS + spread(SLOTS, PORTABLE)[None, :]
+
+
+@triton.jit
+def over_block(x, scratch_ptr, WHAT: tl.constexpr, PORTABLE: tl.constexpr):
     """The max, min or sum of [512], in all threads, always added up in the same order."""
     lanes = tl.arange(0, 32)
     tl.debug_barrier()  # the last one has been read
-    tl.store(scratch_ptr + PARTIAL + spread(SLOTS), x)
+    tl.store(scratch_ptr + PARTIAL + spread(SLOTS, PORTABLE), x)
     tl.debug_barrier()
     total = tl.load(scratch_ptr + PARTIAL + lanes)
     for first in tl.range(32, SLOTS, 32, num_stages=1):
@@ -71,19 +84,13 @@ def over_block(x, scratch_ptr, WHAT: tl.constexpr):
         return tl.sum(total, axis=0)
 
 
-@triton.jit
-def slot_sums(x):
-    """[512] of [any number * 512]: nothing leaves its thread."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // SLOTS, SLOTS]), axis=0)
-
-
 # ---- passes over the vocabulary: TURN tokens at a time, whose loads are on their way together ----
 
 
 @triton.jit
 def write_scores(
     logits_ptr, seen_ptr, scores_ptr, penalty, temperature,  # in, in, out
-    V: tl.constexpr, TURN: tl.constexpr,
+    V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Logits after repetition penalty and temperature, and -inf behind the vocabulary. Returns the best of every slot.
 
@@ -91,7 +98,7 @@ def write_scores(
     """
     best = tl.full([SLOTS], float("-inf"), tl.float32)
     for first in tl.range(0, V, TURN, num_stages=1):
-        token = first + spread(TURN)
+        token = tokens_of_turn(first, TURN, PORTABLE)
         score = tl.load(logits_ptr + token, mask=token < V, other=float("-inf"))
         if penalty != 1.0:
             seen = tl.load(seen_ptr + token, mask=token < V, other=0) != 0
@@ -101,7 +108,7 @@ def write_scores(
             score = tl.div_rn(score, temperature)
         score += 0.0  # no negative zero, which would have a sort key of its own
         tl.store(scores_ptr + token, score)
-        best = tl.maximum(best, tl.max(tl.reshape(score, [TURN // SLOTS, SLOTS]), axis=0))
+        best = tl.maximum(best, tl.max(score, axis=0))
     tl.debug_barrier()
     return best
 
@@ -127,28 +134,28 @@ def reaches(score, token, key):
 
 
 @triton.jit
-def weigh(scores_ptr, top, key, min_p, V: tl.constexpr, TURN: tl.constexpr):
+def weigh(scores_ptr, top, key, min_p, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr):
     """What the tokens from a sort key on weigh (exp(score - top), if that is min_p at least), by slots."""
     weights = tl.zeros([SLOTS], tl.float32)
     for first in tl.range(0, V, TURN, num_stages=1):
-        token = first + spread(TURN)
+        token = tokens_of_turn(first, TURN, PORTABLE)
         score = tl.load(scores_ptr + token)
         weight = tl.exp(score - top)
-        weights += slot_sums(tl.where(reaches(score, token, key) & (weight >= min_p), weight, 0.0))
+        weights += tl.sum(tl.where(reaches(score, token, key) & (weight >= min_p), weight, 0.0), axis=0)
     return weights
 
 
 @triton.jit
-def best_score(scores_ptr, top, V: tl.constexpr, TURN: tl.constexpr):
+def best_score(scores_ptr, top, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr):
     """The first token of the largest score (as fp32), and what the whole vocabulary weighs, by slots."""
     best = tl.full([SLOTS], MAX_VOCAB, tl.float32)
     weights = tl.zeros([SLOTS], tl.float32)
     for first in tl.range(0, V, TURN, num_stages=1):
-        token = first + spread(TURN)
+        token = tokens_of_turn(first, TURN, PORTABLE)
         score = tl.load(scores_ptr + token)
-        weights += slot_sums(tl.exp(score - top))
+        weights += tl.sum(tl.exp(score - top), axis=0)
         place = tl.where(score == top, token, MAX_VOCAB).to(tl.float32)
-        best = tl.minimum(best, tl.min(tl.reshape(place, [TURN // SLOTS, SLOTS]), axis=0))
+        best = tl.minimum(best, tl.min(place, axis=0))
     return best, weights
 
 
@@ -198,15 +205,15 @@ def collect(
     tl.debug_barrier()
     weights = tl.zeros([SLOTS], tl.float32)
     for first in tl.range(0, V, TURN, num_stages=1):
-        token = first + spread(TURN)
+        token = tokens_of_turn(first, TURN, PORTABLE)
         score = tl.load(scores_ptr + token)
-        weights += slot_sums(tl.exp(score - top))
+        weights += tl.sum(tl.exp(score - top), axis=0)
         found = (score >= least) & (score > float("-inf"))
         note(scratch_ptr, indices_ptr, score, token, found, PORTABLE)
-    mass = over_block(weights, scratch_ptr, "sum")
+    mass = over_block(weights, scratch_ptr, "sum", PORTABLE)
     number = tl.load(indices_ptr + NUM_FOUND)
     if number <= LISTED:  # they were found in any order: count for each who comes before it
-        places = spread(LISTED)
+        places = spread(LISTED, PORTABLE)
         score = tl.load(scratch_ptr + FOUND + places, mask=places < number, other=float("-inf"))
         token = tl.load(indices_ptr + FOUND_TOKEN + places, mask=places < number, other=-1)
         rank = tl.zeros([LISTED], tl.int32)
@@ -224,7 +231,7 @@ def collect(
 @triton.jit
 def search(
     scores_ptr, scratch_ptr, goal, lowest, top,
-    BY_WEIGHT: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr,
+    BY_WEIGHT: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """A sort key from which on are as few tokens as are (or, BY_WEIGHT, weigh) `goal`; `lowest` if not even all do.
 
@@ -237,14 +244,14 @@ def search(
         number = tl.zeros([SLOTS], tl.float32)
         weights = tl.zeros([SLOTS], tl.float32)
         for first in tl.range(0, V, TURN, num_stages=1):
-            token = first + spread(TURN)
+            token = tokens_of_turn(first, TURN, PORTABLE)
             score = tl.load(scores_ptr + token)
             reached = reaches(score, token if BY_WEIGHT else 0, middle)
-            number += slot_sums(reached.to(tl.float32))
+            number += tl.sum(reached.to(tl.float32), axis=0)
             if BY_WEIGHT:
-                weights += slot_sums(tl.where(reached, tl.exp(score - top), 0.0))
-        from_middle = over_block(number, scratch_ptr, "sum")
-        reach = over_block(weights, scratch_ptr, "sum") if BY_WEIGHT else from_middle
+                weights += tl.sum(tl.where(reached, tl.exp(score - top), 0.0), axis=0)
+        from_middle = over_block(number, scratch_ptr, "sum", PORTABLE)
+        reach = over_block(weights, scratch_ptr, "sum", PORTABLE) if BY_WEIGHT else from_middle
         enough = reach >= goal
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         from_low = tl.where(enough, from_middle, from_low)
@@ -256,26 +263,26 @@ def search(
 
 
 @triton.jit
-def reached_by(count, best, scratch_ptr):
+def reached_by(count, best, scratch_ptr, PORTABLE: tl.constexpr):
     """A score that at least `count` tokens reach, and few more: the count-th best of the slots' best."""
-    slots = spread(SLOTS)
+    slots = spread(SLOTS, PORTABLE)
     tl.store(scratch_ptr + SLOT + slots, best)
     tl.debug_barrier()
-    rank = tl.zeros([SLOTS], tl.int32)
+    rank = slots * 0
     for first in tl.range(0, SLOTS, 8, num_stages=1):
         for i in tl.static_range(8):
             other = tl.load(scratch_ptr + SLOT + first + i)
             rank += ((other > best) | ((other == best) & (first + i < slots))).to(tl.int32)
-    return over_block(tl.where(rank == count - 1, best, float("-inf")), scratch_ptr, "max")
+    return over_block(tl.where(rank == count - 1, best, float("-inf")), scratch_ptr, "max", PORTABLE)
 
 
 @triton.jit
-def cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p):
+def cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p, PORTABLE: tl.constexpr):
     """Weights of the listed tokens, 0 where they are cut off. Returns what the list, and what is left of it, weighs.
 
     `mass` is what the vocabulary weighs; for top-p after top-k, what that has left counts instead.
     """
-    places = spread(LISTED)
+    places = spread(LISTED, PORTABLE)
     score = tl.load(scratch_ptr + SORTED + places, mask=places < number, other=float("-inf"))
     if (top_k > 0) & (top_k < number):
         score = tl.where(score >= tl.load(scratch_ptr + SORTED + top_k - 1), score, float("-inf"))
@@ -294,40 +301,41 @@ def cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p):
     weight = tl.where(kept, weight, 0.0)
     tl.debug_barrier()
     tl.store(scratch_ptr + WEIGHT + places, weight)
-    return listed, over_block(slot_sums(weight), scratch_ptr, "sum")
+    left = tl.sum(tl.reshape(weight, [LISTED // SLOTS, SLOTS]), axis=0)
+    return listed, over_block(left, scratch_ptr, "sum", PORTABLE)
 
 
 @triton.jit
-def cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V: tl.constexpr, TURN: tl.constexpr):
+def cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr):
     """The sort key from which on top-k and top-p keep tokens, for any number of them."""
     key = sort_key(top * 0.0 - 3.4028234e38, 0)  # of the lowest finite score
     if top_k > 0:
-        key = search(scores_ptr, scratch_ptr, top_k.to(tl.float32), key, top, False, V, TURN)
+        key = search(scores_ptr, scratch_ptr, top_k.to(tl.float32), key, top, False, V, TURN, PORTABLE)
     if top_p < 1.0:
-        mass = over_block(weigh(scores_ptr, top, key, 0.0, V, TURN), scratch_ptr, "sum")
+        mass = over_block(weigh(scores_ptr, top, key, 0.0, V, TURN, PORTABLE), scratch_ptr, "sum", PORTABLE)
         # what is less likely than the best by exp(-40) weighs nothing, were it the whole vocabulary
         key = tl.maximum(key, sort_key(top - 40.0, 0))
         goal = tl.maximum(top_p * mass, 1e-30)  # the best is always kept
-        key = search(scores_ptr, scratch_ptr, goal, key, top, True, V, TURN)
+        key = search(scores_ptr, scratch_ptr, goal, key, top, True, V, TURN, PORTABLE)
     return key
 
 
 @triton.jit
 def cut_vocabulary(
     scores_ptr, scratch_ptr, indices_ptr, uniform, top, top_k, top_p, min_p,
-    V: tl.constexpr, TURN: tl.constexpr,
+    V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """The slot where `uniform` leads, for any number of tokens: its tokens' weights stand where a list's would.
 
     Returns what all that is left weighs, and where in the slot's part of it `uniform` leads.
     """
-    key = cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V, TURN)
-    weights = weigh(scores_ptr, top, key, min_p, V, TURN)
-    left = over_block(weights, scratch_ptr, "sum")
-    tl.store(scratch_ptr + SLOT + spread(SLOTS), weights)
+    key = cut_key(scores_ptr, scratch_ptr, top, top_k, top_p, V, TURN, PORTABLE)
+    weights = weigh(scores_ptr, top, key, min_p, V, TURN, PORTABLE)
+    left = over_block(weights, scratch_ptr, "sum", PORTABLE)
+    tl.store(scratch_ptr + SLOT + spread(SLOTS, PORTABLE), weights)
     tl.debug_barrier()
     slot, target = pick(scratch_ptr + SLOT, uniform * left, SLOTS)
-    places = spread(LISTED)
+    places = spread(LISTED, PORTABLE)
     token = places * SLOTS + slot
     score = tl.load(scores_ptr + token, mask=token < tl.where(slot >= 0, V, 0), other=float("-inf"))
     weight = tl.exp(score - top)
@@ -383,17 +391,19 @@ def sample(
             by_top_k = (top_k > 0) & (top_k <= SURE)
             sure = by_top_k | ((min_p > 0.0) & ((top_k == 0) | (top_p >= 1.0)))
             if by_top_k | (min_p == 0.0):
-                least = reached_by(tl.where(by_top_k, top_k, SURE), best, scratch_ptr)
+                least = reached_by(tl.where(by_top_k, top_k, SURE), best, scratch_ptr, PORTABLE)
             if min_p > 0.0:
                 margin = 1e-3 + tl.abs(top) * 1e-6  # for rounding: the list is then cut exactly
                 least = tl.maximum(least, top + tl.log(min_p) - margin)
         number, mass = collect(scores_ptr, scratch_ptr, indices_ptr, least, top, V, TURN, PORTABLE)
         if number <= LISTED:
-            weight, left = cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p)
+            weight, left = cut_list(scratch_ptr, number, mass, top, top_k, top_p, min_p, PORTABLE)
             listed = sure | ((top_k == 0) & (weight >= top_p * mass))
             target = uniform * left
     if not listed:
-        left, target = cut_vocabulary(scores_ptr, scratch_ptr, indices_ptr, uniform, top, top_k, top_p, min_p, V, TURN)
+        left, target = cut_vocabulary(
+            scores_ptr, scratch_ptr, indices_ptr, uniform, top, top_k, top_p, min_p, V, TURN, PORTABLE
+        )
     tl.debug_barrier()
     place, _ = pick(scratch_ptr + WEIGHT, target, LISTED)
     weight = tl.load(scratch_ptr + WEIGHT + tl.maximum(place, 0))
