@@ -149,7 +149,6 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     num_tasks = tl.load(queue_start_ptr + worker + 1) - first_task.to(tl.int32)
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
-    step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
     smem = shared_memory(control_ptr, PORTABLE)
     ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
     turn = 0
@@ -209,7 +208,8 @@ POOL_TASK_END = """\
 """
 WITHOUT_TASKS = "variant == -1:  # a worker", "variant < 0:  # a pool with no task left, or a worker"
 STEP_END = """\
-        # the step event
+        # the step event; its count is not worth a register in between
+        step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
         step_waits = read_clock(control_ptr + CONTROL_CLOCK, PORTABLE)  # profile
         wait_counter(event_ptr, epoch * step_count, -1 - worker_index(first_worker, PORTABLE), control_ptr, PORTABLE)
         end_step(control_ptr, record + num_tasks + 1, step_waits, PORTABLE)  # profile

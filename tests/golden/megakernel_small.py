@@ -2498,7 +2498,6 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     num_tasks = tl.load(queue_start_ptr + worker + 1) - first_task.to(tl.int32)
     worker_queue_ptr = queue_ptr + first_task * TASK_WORDS
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
-    step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
     smem = shared_memory(control_ptr, PORTABLE)
     ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
     turn = 0
@@ -2718,7 +2717,8 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
                 signal(task, event_ptr, PORTABLE)
             else:  # a damaged queue: whoever waits for this task ends the launch
                 await_fetch(smem, PORTABLE)
-        # the step event
+        # the step event; its count is not worth a register in between
+        step_count = tl.load(control_ptr + CONTROL_STEP_COUNT).to(tl.int32)
         wait_counter(event_ptr, epoch * step_count, -1 - worker_index(first_worker, PORTABLE), control_ptr, PORTABLE)
         running = (tl.load(control_ptr + CONTROL_STOP) == 0) & (tl.load(control_ptr + CONTROL_ABORT) == 0)
         epoch += 1
