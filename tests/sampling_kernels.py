@@ -265,7 +265,7 @@ def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
     return (statistic - freedom) / (2 * freedom) ** 0.5
 
 
-def draws(number: int = 1500) -> None:
+def draws(number: int = 1000) -> None:
     """How often tokens are chosen, at many positions of a seed and with many seeds; against the op's reference."""
     for name, parameters in PARAMETERS.items():
         logits, previous = 1.5 * torch.randn(30), torch.randint(30, (4,))
