@@ -19,7 +19,9 @@ from tri_mpk.geometries import GEOMETRIES
 KEYS = ["registers", "spills", "stack_bytes", "shared_bytes", "bulk_copies", "seconds"]
 MAX_SHARED_BYTES = 227 << 10  # of a block on Hopper
 FEW_SPILLS = 6  # of kernels with time stamps or pools: the thread index kept for the end of a step, as ptxas likes it
-KNOWN_SPILLS = {"Llama-3.2-3B": 2}  # one word, stored once a step and loaded where a stream ends
+# Of plain kernels, by geometry and ranks: one word, stored once a step and loaded where a stream ends; and rows of over
+# 16384 columns, whose part of x and words of two slots are more than a thread's registers.
+KNOWN_SPILLS = {("Llama-3.2-3B", 1): 2, ("Qwen3-32B", 1): 91, ("Llama-3.1-70B", 1): 86}
 MAX_REGISTERS = 128  # 64 Ki registers for 16 warps
 
 # Work by warps is [16, 32] tensors of which warp w has row w and lane l column l: shuffles, and what the tensor cores
@@ -107,7 +109,8 @@ def test_real_kernels_fit_hopper(request: pytest.FixtureRequest, report: dict[st
     assert report["bulk_copies"] > 0, "weights would come by plain loads"
     assert report["registers"] <= MAX_REGISTERS
     if "plain static" in request.node.callspec.id:
-        assert report["spills"] <= KNOWN_SPILLS.get(request.node.callspec.params["report"][0], 0)
+        name, _, _, *ranks = request.node.callspec.params["report"]
+        assert report["spills"] <= KNOWN_SPILLS.get((name, *(ranks or [1])), 0)
     else:
         assert report["spills"] <= FEW_SPILLS
     assert report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
