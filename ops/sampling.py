@@ -392,7 +392,7 @@ def sample(
             sure = by_top_k | ((min_p > 0.0) & ((top_k == 0) | (top_p >= 1.0)))
             if by_top_k | (min_p == 0.0):
                 least = reached_by(tl.where(by_top_k, top_k, SURE), best, scratch_ptr, PORTABLE)
-            if min_p > 0.0:
+            if (min_p > 0.0) & ((top_k == 0) | (top_p >= 1.0)):  # else top-p needs all that top-k has left
                 margin = 1e-3 + tl.abs(top) * 1e-6  # for rounding: the list is then cut exactly
                 least = tl.maximum(least, top + tl.log(min_p) - margin)
         number, mass = collect(scores_ptr, scratch_ptr, indices_ptr, least, top, V, TURN, PORTABLE)

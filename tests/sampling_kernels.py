@@ -290,6 +290,17 @@ def draws(number: int = 1000) -> None:
         print("draws of", vocab_size, flush=True)
 
 
+def chosen() -> None:
+    """From a vocabulary beyond a list: what bounds the list changes neither tokens nor their probabilities."""
+    for top_k, top_p, min_p in ((30, 0.9, 0.1), (30, 1.0, 0.1), (0, 0.9, 0.1), (300, 0.8, 0.05), (30, 0.9, 0.0)):
+        parameters = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": 1.3}
+        logits, previous = -0.12 * torch.randperm(2500), torch.randint(2500, (9,))
+        probabilities = SAMPLE.reference(logits, previous, **parameters)
+        tokens, logprobs = run_choose(logits, Sampling(True, seed=9, **parameters), previous, 2)
+        torch.testing.assert_close(logprobs, probabilities[tokens].log(), rtol=2e-4, atol=2e-4)
+    print("chosen", flush=True)
+
+
 def odd() -> None:
     """What no distribution comes of still gives -1, or a token; greedy choices are the lowest of equal ones."""
     previous = torch.tensor([0])
@@ -325,4 +336,4 @@ def odd() -> None:
 if __name__ == "__main__":
     tune_interpreter()
     torch.manual_seed(0)
-    {"kept": kept, "edges": edges, "draws": draws, "odd": odd}[sys.argv[1]]()
+    {"kept": kept, "edges": edges, "draws": draws, "chosen": chosen, "odd": odd}[sys.argv[1]]()

@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 70
 
 
-@pytest.mark.parametrize("group", ["kept", "edges", "draws", "odd"])
+@pytest.mark.parametrize("group", ["kept", "edges", "draws", "chosen", "odd"])
 @pytest.mark.slow
 def test_functions(group: str):
     """In a process whose Triton interprets; the groups are in tests/sampling_kernels.py."""
