@@ -2215,7 +2215,7 @@ def sample(
             sure = by_top_k | ((min_p > 0.0) & ((top_k == 0) | (top_p >= 1.0)))
             if by_top_k | (min_p == 0.0):
                 least = reached_by(tl.where(by_top_k, top_k, SURE), best, scratch_ptr, PORTABLE)
-            if min_p > 0.0:
+            if (min_p > 0.0) & ((top_k == 0) | (top_p >= 1.0)):  # else top-p needs all that top-k has left
                 margin = 1e-3 + tl.abs(top) * 1e-6  # for rounding: the list is then cut exactly
                 least = tl.maximum(least, top + tl.log(min_p) - margin)
         number, mass = collect(scores_ptr, scratch_ptr, indices_ptr, least, top, V, TURN, PORTABLE)
@@ -2276,7 +2276,7 @@ def choose(
     return token, logprob
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def sample_tile(
     task, event_ptr, control_ptr, logits_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, tokens_ptr, logprobs_ptr, seen_ptr,  # in, in, out, out, in and out
