@@ -1,6 +1,7 @@
 """RMSNorm, gate, up and SiLU, of many tokens: h = silu(Wg @ rmsnorm(x)) * (Wu @ rmsnorm(x)).
 
-num tokens [1] read | xb [T, K] = x * gain read | squares [num_parts, T] fp32 read | Wg, Wu [N, K] read | h [T, N] written
+num tokens [1] read | xb [T, K] = x * gain read | squares [num_parts, T] fp32 read | Wg, Wu [N, K] read
+h [T, N] written
 A tile of weights has half of its rows from each matrix, so both products share one reading of the activations.
 One task = equal consecutive rows of both matrices, of all tokens. Source: arXiv:2002.05202; transformers LlamaMLP.
 """

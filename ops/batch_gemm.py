@@ -29,17 +29,25 @@ SUM_PARTS = tl.constexpr(32)
 
 @triton.jit
 def multiply_rows(
-    weight_ptrs, is_row, x_ptr, x_row, is_token,
-    K: tl.constexpr, SEGMENT: tl.constexpr, NUM_TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    weight_ptrs, is_row, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
+    K: tl.constexpr, SEGMENT: tl.constexpr, OUTPUTS: tl.constexpr, NUM_TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, NUM_TOKENS] fp32; weight_ptrs, is_row [ROWS]: where rows begin, x_row, is_token [NUM_TOKENS]: rows of x."""
+    """[ROWS, NUM_TOKENS] fp32. weight_ptrs, is_row [ROWS]: where rows of weights begin, and which of them there are.
+
+    Columns are the rows of x from `first` on or, if OUTPUTS, those of the output tokens of the sequences `outputs`.
+    """
     SEGMENTS: tl.constexpr = 16  # of K: one per warp
+    token = first + tl.arange(0, NUM_TOKENS)
+    is_token = token < num_tokens
+    if OUTPUTS:
+        sequence = tl.load(outputs_ptr + token, mask=is_token, other=0)
+        token = tl.load(output_token_ptr + sequence, mask=is_token, other=0)
     segment = tl.arange(0, SEGMENTS) * SEGMENT
     k = tl.arange(0, SEGMENT)
     weight_k = segment[:, None, None] + k[None, None, :]
     x_k = segment[:, None, None] + k[None, :, None]
     weight_at = weight_ptrs[None, :, None] + weight_k
-    x_at = x_ptr + x_row[None, None, :] * K + x_k
+    x_at = x_ptr + token[None, None, :] * K + x_k
     acc = tl.zeros([SEGMENTS, ROWS, NUM_TOKENS], tl.float32)
     for start in tl.range(0, K, SEGMENTS * SEGMENT, num_stages=STAGES):
         weight_mask = is_row[None, :, None]
@@ -54,31 +62,22 @@ def multiply_rows(
 
 
 @triton.jit
-def token_row(token, num_tokens, outputs_ptr, output_token_ptr, OUTPUTS: tl.constexpr):
-    """The row of x that a column of the product is of: the token itself or, if OUTPUTS, that of the n-th output."""
-    if OUTPUTS:
-        is_token = token < num_tokens
-        sequence = tl.load(outputs_ptr + token, mask=is_token, other=0)
-        return tl.load(output_token_ptr + sequence, mask=is_token, other=0)
-    else:
-        return token
-
-
-@triton.jit
 def batch_rows(
     weight_ptrs, is_row, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
     K: tl.constexpr, SEGMENT: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, MANY] for tokens from `first` on; of those from num_tokens on it is nothing to be used."""
+    """[ROWS, MANY]; columns of tokens that there are not hold nothing to be used."""
     if num_tokens - first <= FEW:
-        token = first + tl.arange(0, FEW)
-        row = token_row(token, num_tokens, outputs_ptr, output_token_ptr, OUTPUTS)
-        few = multiply_rows(weight_ptrs, is_row, x_ptr, row, token < num_tokens, K, SEGMENT, FEW, FEW_STAGES)
+        few = multiply_rows(
+            weight_ptrs, is_row, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
+            K, SEGMENT, OUTPUTS, FEW, FEW_STAGES,
+        )  # fmt: skip
         y = tl.reshape(tl.broadcast_to(few[:, None, :], (ROWS, MANY // FEW, FEW)), (ROWS, MANY))
     else:
-        token = first + tl.arange(0, MANY)
-        row = token_row(token, num_tokens, outputs_ptr, output_token_ptr, OUTPUTS)
-        y = multiply_rows(weight_ptrs, is_row, x_ptr, row, token < num_tokens, K, SEGMENT, MANY, MANY_STAGES)
+        y = multiply_rows(
+            weight_ptrs, is_row, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
+            K, SEGMENT, OUTPUTS, MANY, MANY_STAGES,
+        )  # fmt: skip
     return y
 
 
@@ -105,7 +104,7 @@ def token_rstd(
 
 @triton.jit
 def store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, D: tl.constexpr):
-    """The residual stream x [rows, tokens], what the next matrix reads of it, and the rows' sums of squares [tokens]."""
+    """The residual stream x [rows, tokens] and what the next matrix reads of it; the rows' sums of squares [tokens]."""
     at = token[None, :] * D + row[:, None]
     mask = is_row[:, None] & is_token[None, :]
     gain = tl.load(gain_ptr + row, mask=is_row, other=0.0).to(tl.float32)

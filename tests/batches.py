@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from decoders import tiny_config, transformers_model
-from one_step import ONE_STEP
 from transformers import PreTrainedModel
 
+from decoders import tiny_config, transformers_model
+from one_step import ONE_STEP
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.models import describe
 from tri_mpk.models.batch_decoder import build_batch

@@ -34,7 +34,7 @@ def build_batch(
     progress: bool,
     num_pages: int | None = None,
 ) -> BatchOutput:
-    """Adds the decoder `model` (a transformers causal LM) to the graph. Ops that end the step are for the caller to add.
+    """Adds the decoder `model` (a transformers causal LM) to the graph. The caller adds the ops that end the step.
 
     `num_pages`: of the KV cache of a layer, for all sequences together; None: enough for all to be of full length.
     """
@@ -49,7 +49,9 @@ def build_batch(
         return None if tensor is None else mpk.attach_input(tensor, name=name)
 
     plan = mpk.new_step_plan(sequence_pages)
-    cos, sin = (attach(t.to(device), n) for t, n in zip(rotary_tables(model, mpk.max_seq_len), ("cos", "sin")))
+    cos, sin = (
+        attach(t.to(device), n) for t, n in zip(rotary_tables(model, mpk.max_seq_len), ("cos", "sin"), strict=True)
+    )
     embedding = attach(model.model.embed_tokens.weight, "embed_tokens")
     layers = model.model.layers
     norms = [(attach(x.input_layernorm.weight, f"L{i:02d}.input_norm")) for i, x in enumerate(layers)]
