@@ -12,7 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, ROWS, batch_rows, even_block, segment, token_rstd
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    of_block,
+    segment,
+    token_blocks,
+    token_rstd,
+)
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
@@ -25,28 +35,30 @@ def batch_gated_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     HALF: tl.constexpr = ROWS // 2
     num_blocks, block_rows = even_block(num_rows, HALF)
     tile_row = tl.arange(0, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    for first in tl.range(0, num_tokens, MANY, num_stages=1):
-        token = first + tl.arange(0, MANY)
-        is_token = token < num_tokens
-        rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
-        for block in tl.range(0, num_blocks, num_stages=1):
-            row = block * block_rows + tile_row % HALF
-            is_row = (tile_row % HALF < block_rows) & (row < num_rows)
-            row_at = (row0 + row).to(tl.int64) * K
-            weight_ptrs = tl.where(tile_row < HALF, gate_ptr + row_at, up_ptr + row_at)
-            y = batch_rows(weight_ptrs, is_row, xb_ptr, first, num_tokens, xb_ptr, xb_ptr, K, SEGMENT, False)
-            y *= rstd[None, :]
-            gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, MANY)), (1, 2, 0)))
+    tokens = all_tokens(BLOCKS)
+    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
+    for block in tl.range(0, num_blocks, num_stages=1):
+        row = block * block_rows + tile_row % HALF
+        is_row = (tile_row % HALF < block_rows) & (row < num_rows)
+        row_at = (row0 + row).to(tl.int64) * K
+        weight_ptrs = tl.where(tile_row < HALF, gate_ptr + row_at, up_ptr + row_at)
+        half_row = block * block_rows + tl.arange(0, HALF)
+        is_half_row = (tl.arange(0, HALF) < block_rows) & (half_row < num_rows)
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
+            token = first + tl.arange(0, TOKENS)
+            is_token = token < num_tokens
+            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_token, K, SEGMENT)
+            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
+            gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))
             h = gate / (1.0 + tl.exp(-gate)) * up
-            half_row = block * block_rows + tl.arange(0, HALF)
-            is_half_row = (tl.arange(0, HALF) < block_rows) & (half_row < num_rows)
             at = h_ptr + token[None, :] * N + (row0 + half_row)[:, None]
             tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_half_row[:, None] & is_token[None, :])
     signal(task, event_ptr, PORTABLE)
@@ -69,7 +81,8 @@ def cut_batch_gated_linear(
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "SEGMENT": segment(weight_gate),
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
+            "SEGMENT": segment(weight_gate),
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,

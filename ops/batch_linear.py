@@ -12,7 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, ROWS, batch_rows, even_block, segment, token_rstd
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    of_block,
+    segment,
+    token_blocks,
+    token_rstd,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
@@ -24,22 +34,24 @@ def batch_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     num_blocks, block_rows = even_block(num_rows, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    for first in tl.range(0, num_tokens, MANY, num_stages=1):
-        token = first + tl.arange(0, MANY)
-        is_token = token < num_tokens
-        rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
-        for block in tl.range(0, num_blocks, num_stages=1):
-            row = block * block_rows + tl.arange(0, ROWS)
-            is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
-            row += row0
-            weight_ptrs = weight_ptr + row.to(tl.int64) * K
-            y = batch_rows(weight_ptrs, is_row, xb_ptr, first, num_tokens, xb_ptr, xb_ptr, K, SEGMENT, False)
-            y *= rstd[None, :]
+    tokens = all_tokens(BLOCKS)
+    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
+    for block in tl.range(0, num_blocks, num_stages=1):
+        row = block * block_rows + tl.arange(0, ROWS)
+        is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
+        row += row0
+        weight_ptrs = weight_ptr + row.to(tl.int64) * K
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
+            token = first + tl.arange(0, TOKENS)
+            is_token = token < num_tokens
+            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_token, K, SEGMENT)
+            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
             at = y_ptr + token[None, :] * N + row[:, None]
@@ -64,7 +76,8 @@ def cut_batch_linear(
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "SEGMENT": segment(weight),
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
+            "SEGMENT": segment(weight),
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,

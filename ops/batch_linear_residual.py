@@ -12,7 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, ROWS, batch_rows, even_block, normed_torch, segment, store_residual
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    normed_torch,
+    of_block,
+    segment,
+    store_residual,
+    token_blocks,
+    with_block,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
@@ -25,27 +37,30 @@ def batch_linear_residual_tile(
     x_ptr, xb_ptr, squares_ptr,  # in and out, out, out
     part, row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MAX_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
+    MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     num_blocks, block_rows = even_block(num_rows, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    for first in tl.range(0, num_tokens, MANY, num_stages=1):
-        token = first + tl.arange(0, MANY)
-        is_token = token < num_tokens
-        square = tl.zeros([MANY], tl.float32)
-        for block in tl.range(0, num_blocks, num_stages=1):
-            row = block * block_rows + tl.arange(0, ROWS)
-            is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
-            row += row0
-            weight_ptrs = weight_ptr + row.to(tl.int64) * K
-            y = batch_rows(weight_ptrs, is_row, h_ptr, first, num_tokens, h_ptr, h_ptr, K, SEGMENT, False)
+    squares = tl.zeros([BLOCKS, TOKENS], tl.float32)
+    for block in tl.range(0, num_blocks, num_stages=1):
+        row = block * block_rows + tl.arange(0, ROWS)
+        is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
+        row += row0
+        weight_ptrs = weight_ptr + row.to(tl.int64) * K
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
+            token = first + tl.arange(0, TOKENS)
+            is_token = token < num_tokens
+            y = multiply_rows(weight_ptrs, is_row, h_ptr, token, is_token, K, SEGMENT)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
             mask = is_row[:, None] & is_token[None, :]
             x = y + tl.load(x_ptr + token[None, :] * N + row[:, None], mask=mask, other=0.0)
-            square += store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
-        tl.store(squares_ptr + part * MAX_TOKENS + token, square, mask=is_token)
+            square = store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
+            square += of_block(squares, first // TOKENS, BLOCKS)
+            squares = with_block(squares, first // TOKENS, square, BLOCKS)
+    tokens = all_tokens(BLOCKS)
+    tl.store(squares_ptr + part * MAX_TOKENS + tokens, squares, mask=tokens < num_tokens)
     signal(task, event_ptr, PORTABLE)
 
 
@@ -67,7 +82,10 @@ def cut_batch_linear_residual(
     if grid_dim not in (None, num_parts):
         raise ValueError(f"squares={squares.name} is for {num_parts} tasks, got grid_dim={grid_dim}; leave it out")
     cut = Cut(
-        {"N": num_rows, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens, "SEGMENT": segment(weight)},
+        {
+            "N": num_rows, "K": k, "HAS_BIAS": bias is not None,
+            "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens), "SEGMENT": segment(weight),
+        },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or squares,
             "gain_ptr": gain, "x_ptr": residual, "xb_ptr": normed, "squares_ptr": squares,

@@ -14,7 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, ROWS, batch_rows, even_block, segment, token_rstd
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    of_block,
+    segment,
+    token_blocks,
+    token_rstd,
+    with_block,
+)
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
@@ -28,38 +39,41 @@ def batch_lm_head_tile(
     logits_of_ptr, best_value_ptr, best_index_ptr,  # out
     part, row0, num_rows,
     V: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, NUM_BEST: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_blocks, block_rows = even_block(num_rows, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_outputs = tl.load(counts_ptr + 1)
-    for first in tl.range(0, num_outputs, MANY, num_stages=1):
-        output = first + tl.arange(0, MANY)
-        is_output = output < num_outputs
-        sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
-        token = tl.load(output_token_ptr + sequence, mask=is_output, other=0)
-        rstd = token_rstd(squares_ptr, token, is_output, D, EPS, NUM_PARTS, MAX_TOKENS)
-        best = tl.full([MANY], float("-inf"), tl.float32)
-        best_row = tl.zeros([MANY], tl.int32)
-        for block in tl.range(0, num_blocks, num_stages=1):
-            row = block * block_rows + tl.arange(0, ROWS)
-            is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
-            row += row0
-            weight_ptrs = weight_ptr + row.to(tl.int64) * D
-            y = batch_rows(
-                weight_ptrs, is_row, xb_ptr, first, num_outputs, outputs_ptr, output_token_ptr, D, SEGMENT, True
-            )
-            y *= rstd[None, :]
+    outputs = all_tokens(BLOCKS)
+    sequences = tl.load(outputs_ptr + outputs, mask=outputs < num_outputs, other=0)
+    tokens = tl.load(output_token_ptr + sequences, mask=outputs < num_outputs, other=0)
+    rstd = token_rstd(squares_ptr, tokens, outputs < num_outputs, D, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
+    best = tl.full([BLOCKS, TOKENS], float("-inf"), tl.float32)
+    best_row = tl.zeros([BLOCKS, TOKENS], tl.int32)
+    for block in tl.range(0, num_blocks, num_stages=1):
+        row = block * block_rows + tl.arange(0, ROWS)
+        is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
+        row += row0
+        weight_ptrs = weight_ptr + row.to(tl.int64) * D
+        for first in tl.range(0, num_outputs, TOKENS, num_stages=1):
+            output = first + tl.arange(0, TOKENS)
+            is_output = output < num_outputs
+            sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
+            token = tl.load(output_token_ptr + sequence, mask=is_output, other=0)
+            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_output, D, SEGMENT)
+            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]
             tl.store(at, y, mask=is_row[:, None] & is_output[None, :])
             y = tl.where(is_row[:, None], y, float("-inf"))
             value = tl.max(y, axis=0)
             value_row = tl.min(tl.where(y == value[None, :], row[:, None], 0x7FFFFFFF), axis=0)
-            better = value > best
-            best_row = tl.where(better, value_row, best_row)
-            best = tl.where(better, value, best)
-        tl.store(best_value_ptr + sequence * NUM_BEST + part, best, mask=is_output)
-        tl.store(best_index_ptr + sequence * NUM_BEST + part, best_row, mask=is_output)
+            better = value[None, :] > best
+            best_row = tl.where(better, with_block(best_row, first // TOKENS, value_row, BLOCKS), best_row)
+            best = tl.where(better, with_block(best, first // TOKENS, value, BLOCKS), best)
+    at = sequences * NUM_BEST + part
+    tl.store(best_value_ptr + at, best, mask=outputs < num_outputs)
+    tl.store(best_index_ptr + at, best_row, mask=outputs < num_outputs)
     signal(task, event_ptr, PORTABLE)
 
 
@@ -86,7 +100,8 @@ def cut_batch_lm_head(
     cut = Cut(
         {
             "V": vocab_size, "D": k, "EPS": eps, "NUM_BEST": num_best,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "SEGMENT": segment(weight),
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(outputs.numel),
+            "SEGMENT": segment(weight),
         },
         {
             "counts_ptr": counts, "outputs_ptr": outputs, "output_token_ptr": output_token,
