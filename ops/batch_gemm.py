@@ -1,13 +1,11 @@
 """The product of weight rows with the activations of many tokens, the core of the batch ops: y = W[rows] @ x^T.
 
-Operand A are ROWS rows of weights, B's columns are TOKENS tokens. Each of the 16 warps has a segment of the columns of
-both (the batch of a three-dimensional `tl.dot`), so every weight is read from shared memory once; the sums of the warps
-are added at the end. Both come by asynchronous copies that Triton's pipeline makes of plain loads. With more tokens the
+Operand A are ROWS rows of weights, B's columns are TOKENS tokens; on Hopper that is `wgmma`, which reads both from
+shared memory, where asynchronous copies bring them that Triton's pipeline makes of plain loads. With more tokens the
 same rows are read again, from L2, and the tokens of a block that there are not cost no bytes.
 
-A token's sums do not depend on its neighbours, because there is one path for any number of tokens: the same shape, the
-same order of K, and an instruction of its own for each eight tokens. (ROWS < 64 makes Triton choose `mma.sync`; it
-takes `wgmma` from 64 rows on.) A second path for fewer tokens would save traffic in shared memory, nothing else.
+A token's sums do not depend on its neighbours, because there is one path for any number of tokens: the same shape and
+the same order of K. A second one for fewer tokens would save no time, as long as memory is what a step waits for.
 
 What ops keep of tokens across rows (a norm's scale, sums of squares, the best logit) are tensors [BLOCKS, TOKENS].
 """
@@ -20,42 +18,27 @@ import triton.language as tl
 
 from tri_mpk.ops.op import TensorHandle, next_power_of_2
 
-ROWS = tl.constexpr(32)
-TOKENS = tl.constexpr(32)
-STAGES = tl.constexpr(4)  # three tiles of 32 KiB of weights on their way
+ROWS = tl.constexpr(64)  # the least that `wgmma` takes
+TOKENS = tl.constexpr(64)
+STAGES = tl.constexpr(6)  # five tiles of 16 KiB of weights on their way
 SUM_PARTS = tl.constexpr(32)
-SEGMENT_BYTES = 64  # of a row that a warp takes at a time
-
-
-@triton.jit
-def not_unrolled(start, PORTABLE: tl.constexpr):
-    """The index of a loop, a multiple of 16. ptxas would unroll the loop, but there are no registers to spare."""
-    if PORTABLE:
-        return start
-    else:
-        start = tl.inline_asm_elementwise(
-            '.pragma "nounroll"; mov.u32 $0, $1;', "=r,r", [start], dtype=tl.int32, is_pure=True, pack=1
-        )
-        return start // 16 * 16
+TILE_BYTES = 256  # of a row
 
 
 @triton.jit
 def multiply_rows(
     weight_ptr, second_ptr, row, num_rows, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
-    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
+    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] fp32: num_rows rows of a matrix from `row` on, times num_tokens rows of x from `first` on.
 
     GATED: ROWS / 2 rows of each of two matrices. OUTPUTS: rows of x are the output tokens of the sequences `outputs`.
-    Indices are computed in the shape in which they are used: a change of layout goes through shared memory.
     """
-    SEGMENTS: tl.constexpr = 16  # of K: one per warp
     HALF: tl.constexpr = ROWS // 2
-    segment = (tl.arange(0, SEGMENTS) * SEGMENT)[:, None, None]
-    weight_k = segment + tl.arange(0, SEGMENT)[None, None, :]
-    x_k = segment + tl.arange(0, SEGMENT)[None, :, None]
-    tile_row = tl.arange(0, ROWS)[None, :, None]
-    token = tl.arange(0, TOKENS)[None, None, :]
+    weight_k = tl.arange(0, TILE_K)[None, :]
+    x_k = tl.arange(0, TILE_K)[:, None]
+    tile_row = tl.arange(0, ROWS)[:, None]
+    token = tl.arange(0, TOKENS)[None, :]
     is_token = token < num_tokens - first
     if GATED:
         is_row = tile_row % HALF < num_rows
@@ -68,17 +51,16 @@ def multiply_rows(
         x_begin = x_ptr + tl.load(output_token_ptr + sequence, mask=is_token, other=0) * K
     else:
         x_begin = x_ptr + (first + token) * K
-    acc = tl.zeros([SEGMENTS, ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, K, SEGMENTS * SEGMENT, num_stages=STAGES):
-        start = not_unrolled(start, PORTABLE)
-        if K % (SEGMENTS * SEGMENT) == 0:
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for start in tl.range(0, K, TILE_K, num_stages=STAGES):
+        if K % TILE_K == 0:
             w = tl.load(begin + (start + weight_k), mask=is_row, other=0.0)
             x = tl.load(x_begin + (start + x_k), mask=is_token, other=0.0)
         else:
             w = tl.load(begin + (start + weight_k), mask=is_row & (start + weight_k < K), other=0.0)
             x = tl.load(x_begin + (start + x_k), mask=is_token & (start + x_k < K), other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
-    return tl.sum(acc, axis=0)
+    return acc
 
 
 @triton.jit
@@ -136,9 +118,9 @@ def token_blocks(max_tokens: int) -> int:
     return next_power_of_2(-(-max_tokens // TOKENS.value))
 
 
-def segment(weight: TensorHandle) -> int:
-    """Columns of a row that a warp takes at a time."""
-    return SEGMENT_BYTES // weight.dtype.itemsize
+def tile_k(weight: TensorHandle) -> int:
+    """Columns of a tile."""
+    return TILE_BYTES // weight.dtype.itemsize
 
 
 def normed_torch(x: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
