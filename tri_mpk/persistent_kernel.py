@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
+from tri_mpk.batch import BatchPlan, BatchState, new_plan, new_state, reset
 from tri_mpk.distributed import Ranks, connect
 from tri_mpk.errors import DeviceError
 from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.add_parts import ADD_PARTS
+from tri_mpk.ops.advance import ADVANCE, RingSizes
 from tri_mpk.ops.all_gather import ALL_GATHER
-from tri_mpk.ops.argmax import ARGMAX
+from tri_mpk.ops.argmax import ARGMAX, MAILBOX_TOKENS
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
+from tri_mpk.ops.batch_sample import BATCH_SAMPLE
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
@@ -129,6 +133,8 @@ class PersistentKernel:
         self.program: Program | None = None
         self.runtime: Runtime | None = None
         self.vocab_size = 1
+        self.plan_of_batch: BatchPlan | None = None
+        self.batch_state: BatchState | None = None
 
     # ---- tensors ----
 
@@ -529,6 +535,70 @@ class PersistentKernel:
         tensors["indices"] = self.new_tensor((NUM_INDICES.value,), torch.int32, name="sample.indices")
         self._call(SAMPLE, label, grid_dim, policy, tensors)
 
+    def new_batch_plan(
+        self, max_batch_size: int, max_tokens_per_step: int, page_size: int = 128, num_pages: int | None = None
+    ) -> BatchPlan:
+        """For a kernel in which many sequences run at a time: what a step computes, read by the layers of batches.
+
+        num_pages: of the KV cache; None: enough for max_batch_size sequences of max_seq_len.
+        """
+        if self.world_size > 1:
+            raise NotImplementedError("batches are not supported on several ranks so far; use one rank")
+        if self.plan_of_batch is not None:
+            raise ValueError("there is a plan already; a kernel has one")
+        for name, value in (("max_batch_size", max_batch_size), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if max_tokens_per_step < max_batch_size:
+            raise ValueError(
+                f"max_tokens_per_step={max_tokens_per_step} must be at least max_batch_size={max_batch_size}: every"
+                " sequence that decodes has one in a step"
+            )
+        per_sequence = -(-self.max_seq_len // page_size)
+        num_pages = max_batch_size * per_sequence if num_pages is None else num_pages
+        if num_pages < 1:
+            raise ValueError(f"num_pages={num_pages} must be at least 1")
+        self.plan_of_batch = new_plan(self, max_batch_size, max_tokens_per_step, page_size, num_pages)
+        return self.plan_of_batch
+
+    def advance_layer(
+        self,
+        *,
+        plan: BatchPlan,
+        input: tuple[TensorHandle, TensorHandle],
+        logits: TensorHandle,
+        rings: RingSizes | None = None,
+        label: str | None = None,
+    ) -> None:
+        """The end of a step of batches: each sequence gets its token, and the next step its plan.
+
+        `input` is best_value fp32 and best_index int32 [S, num_parts], of the parts of the vocabulary; `logits` fp32
+        [S, V]. `rings`: how many requests and results may be on their way.
+        """
+        num_sequences = plan.max_batch_size
+        _check_dims("advance_layer", input[0], "input[0]", (num_sequences, input[0].dims[-1]))
+        _check_dims("advance_layer", input[1], "input[1]", input[0].dims)
+        _check_dims("advance_layer", logits, "logits", (num_sequences, logits.dims[-1]))
+        self.vocab_size = vocab_size = logits.dims[1]
+        if vocab_size > MAX_VOCAB.value:
+            raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
+        state = self.batch_state = new_state(self, plan, rings)
+        padded = score_size(vocab_size)
+        marks = torch.zeros(num_sequences, padded, dtype=torch.int8, device=self.device)
+        chosen = self.attach_input(torch.zeros(num_sequences, dtype=torch.int32, device=self.device), name="chosen")
+        logprobs = self.attach_input(torch.zeros(num_sequences, device=self.device), name="logprobs")
+        tensors = {
+            "output_token": plan.output_token, "token_positions": plan.token_positions, "slots": state.slots,
+            "records": state.records, "tokens": state.tokens, "best_value": input[0], "best_index": input[1],
+            "logits": logits, "chosen": chosen, "logprobs": logprobs, "seen": self.attach_input(marks, name="seen"),
+            "scores": self.new_tensor((num_sequences, padded), torch.float32, name="scores"),
+            "scratch": self.new_tensor((num_sequences, NUM_SCRATCH.value), torch.float32, name="sample.scratch"),
+            "indices": self.new_tensor((num_sequences, NUM_INDICES.value), torch.int32, name="sample.indices"),
+        }  # fmt: skip
+        self._call(BATCH_SAMPLE, f"{label or 'advance'} sample", None, None, tensors)
+        tensors = plan.tensors() | state.tensors() | {"chosen": chosen, "logprobs": logprobs}
+        self._call(ADVANCE, label or "advance", None, None, tensors, rings=state.rings, page_size=plan.page_size)
+
     def stop_request_layer(self, *, output: TensorHandle, label: str | None = None) -> None:
         """Whether the hosts ask to stop, told to all ranks: `output` int32, symmetric, [world_size, 1]."""
         _check_symmetric("stop_request_layer", output, "output", (self.world_size, 1))
@@ -577,7 +647,7 @@ class PersistentKernel:
     def plan(self) -> Program:
         """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
         if self.program is None:
-            if not any(call.op in (ARGMAX, RANK_ARGMAX, SAMPLE) for call in self.calls):
+            if not any(call.op in (ARGMAX, RANK_ARGMAX, SAMPLE, ADVANCE) for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
             weights = [
                 t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
@@ -611,7 +681,7 @@ class PersistentKernel:
         program = self.plan()
         if self.world_size > 1 and self.ranks is None:
             self.ranks = connect(self.world_size, self.rank, self.device)
-        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s, self.ranks)
+        common = (program, self.vocab_size, self._mailbox_words(), self.wait_bound_s, self.ranks)
         if self.device.type == "cuda":
             self.runtime = CudaRuntime(*common, cuda_device=self.device)
         elif self.device.type == "cpu":
@@ -619,8 +689,23 @@ class PersistentKernel:
         else:
             raise DeviceError(f"a kernel on {self.device} can be planned, not run; use a cuda or cpu device")
 
+    def _mailbox_words(self) -> int:
+        if self.batch_state is not None:
+            return self.batch_state.rings.num_words
+        return MAILBOX_TOKENS.value + self.max_seq_len
+
+    def launched_for_batches(self) -> AbstractContextManager[None]:
+        """A launch that takes requests from rings until it is told to stop: see tri_mpk/serving.py."""
+        if self.batch_state is None:
+            raise ValueError("the graph has no advance_layer, so it runs one sequence; use launch")
+        self.compile()
+        reset(self.plan_of_batch, self.batch_state)
+        return self.runtime.launched(LaunchRequest.of_batches())
+
     def launch(self, request: LaunchRequest) -> Iterator[int]:
         """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
+        if self.batch_state is not None:
+            raise ValueError("the graph ends in an advance_layer, so requests come through rings; use model.serve")
         chooses = request.last_step + 1 >= request.num_known
         if request.last_step + chooses >= self.max_seq_len:
             raise ValueError(
