@@ -181,8 +181,8 @@ def write_plan(
         position = tl.sum(tl.where(is_this, begin, 0), axis=0)
         for done in tl.range(1, number, 512, num_stages=1):
             i = done + tl.arange(0, 512)
-            token = tl.load(tokens_ptr + slot.to(tl.int64) * L + position + i, mask=i < number, other=0)
-            tl.store(token_ids_ptr + at + i, token, mask=i < number)
+            rest = tl.load(tokens_ptr + slot.to(tl.int64) * L + position + i, mask=i < number, other=0)
+            tl.store(token_ids_ptr + at + i, rest, mask=i < number)
             tl.store(token_positions_ptr + at + i, position + i, mask=i < number)
             tl.store(token_sequences_ptr + at + i, slot + tl.zeros([512], tl.int32), mask=i < number)
 
