@@ -478,4 +478,4 @@ def advance_torch(length: torch.Tensor, done: torch.Tensor, order: torch.Tensor,
     return share
 
 
-ADVANCE = Op("advance", advance_tile, cut_advance, advance_torch)
+ADVANCE = Op("advance", advance_tile, cut_advance, advance_torch, ends_step=True)

@@ -124,17 +124,20 @@ def cut_batch_sample(
         return tensor.span(sequence * size, (sequence + 1) * size)
 
     for sequence in range(num_sequences):
-        own = [row(tensor, sequence) for tensor in rows_written.values()]
+        # what the language model head leaves has two coordinates: its tasks write columns
+        found = [
+            tensor.box((sequence, sequence + 1), (0, tensor.dims[1])) for tensor in (best_value, best_index, logits)
+        ]
         cut.tasks.append(
             Task(
                 op=0,
                 tile=(sequence,),
                 reads=(
                     *(tensor.whole() for tensor in common.values()),
-                    *(row(tensor, sequence) for tensor in rows_read.values()),
-                    row(seen, sequence),
+                    *(row(tensor, sequence) for tensor in (records, tokens, seen)),
+                    *found,
                 ),
-                writes=tuple(own),
+                writes=tuple(row(tensor, sequence) for tensor in rows_written.values()),
                 cost_bytes=8 * num_parts,  # of greedy decoding
                 fields=cut.addresses() | {"sequence": sequence},
             )

@@ -180,4 +180,4 @@ def sample_torch(
     return scores.softmax(-1)
 
 
-SAMPLE = Op("sample", sample_tile, cut_sample, sample_torch)
+SAMPLE = Op("sample", sample_tile, cut_sample, sample_torch, ends_step=True)

@@ -13,12 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.batch import BatchPlan
+from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.generation import GenerationRequest
 from tri_mpk.ops.advance import RingSizes
 from tri_mpk.ops.op import Cut, Op, TensorHandle, next_power_of_2
 from tri_mpk.ops.sample import SAMPLE
-from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
@@ -77,7 +76,8 @@ def cut_hash_model(machine, *, page_size: int, grid_dim=None, **tensors: TensorH
         },
         {f"{POINTERS.get(name, name)}_ptr": tensors[name] for name in names},
     )  # fmt: skip
-    written = [tensors[name].whole() for name in ("cache", "logits", "best_value", "best_index")]
+    written = [tensors["cache"].whole()]
+    written += [tensors[n].columns(0, tensors[n].dims[1]) for n in ("logits", "best_value", "best_index")]
     reads = tuple(tensors[name].whole() for name in names[: names.index("cache") + 1])
     cut.tasks.append(Task(0, (0,), reads, tuple(written), 1, fields=cut.addresses()))
     return cut
@@ -101,12 +101,17 @@ def hash_kernel(
     max_seq_len: int = 32,
     rings: RingSizes | None = None,
     wait_bound_s: float = 20.0,
-) -> PersistentKernel:
+) -> BatchKernel:
     """On two workers."""
     meta = [torch.zeros(1, dtype=torch.int32), torch.zeros(max_seq_len, dtype=torch.int64)]
-    mpk = PersistentKernel(num_workers=2, meta_tensors=meta, wait_bound_s=wait_bound_s)
-    plan: BatchPlan = mpk.new_batch_plan(max_batch_size, max_tokens_per_step, page_size, num_pages)
-    cache = torch.full((plan.num_pages, page_size), -1, dtype=torch.int32)
+    mpk = BatchKernel(
+        num_workers=2, meta_tensors=meta, wait_bound_s=wait_bound_s, max_batch_size=max_batch_size,
+        max_tokens_per_step=max_tokens_per_step,
+    )  # fmt: skip
+    sequence_pages = -(-max_seq_len // page_size)
+    num_pages = num_pages or max_batch_size * sequence_pages
+    plan = mpk.new_step_plan(sequence_pages)
+    cache = torch.full((num_pages, page_size), -1, dtype=torch.int32)
     logits = mpk.new_tensor((max_batch_size, VOCAB_SIZE), torch.float32, name="logits")
     best = (
         mpk.new_tensor((max_batch_size, NUM_PARTS), torch.float32, name="best_value"),
@@ -123,7 +128,7 @@ def hash_kernel(
         best_value=best[0],
         best_index=best[1],
     )
-    mpk.advance_layer(plan=plan, input=best, logits=logits, rings=rings)
+    mpk.advance_layer(plan=plan, input=best, logits=logits, page_size=page_size, num_pages=num_pages, rings=rings)
     return mpk
 
 

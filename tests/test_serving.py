@@ -20,6 +20,7 @@ from hash_model import (
     next_logits,
     penalised_tokens,
 )
+from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.errors import EngineClosedError, EngineFullError, MegakernelTimeout, WorkerDiedError
 from tri_mpk.generation import GenerationRequest
 from tri_mpk.ops.advance import RingSizes
@@ -30,6 +31,7 @@ from tri_mpk.sampling import Sampling
 from tri_mpk.serving import Engine, Stream
 
 MAX_SEQ_LEN, PAGE_SIZE, NUM_PAGES = 32, 4, 9
+META = [torch.zeros(1, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)]
 RINGS = RingSizes(tickets=8, results=16, prompts=64)
 
 
@@ -268,27 +270,27 @@ def test_close_and_cancel(kernel):
 # ---- errors ----
 
 
-@pytest.mark.parametrize(
-    ("parameters", "error", "message"),
-    [
-        ({"max_new_tokens": MAX_SEQ_LEN}, ValueError, "exceed max_seq_len"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive integer"),
-        ({"input_ids": []}, ValueError, "empty"),
-        ({"input_ids": [VOCAB_SIZE]}, ValueError, "tokens must be in"),
-        ({"input_ids": [[1], [2]]}, NotImplementedError, "one prompt at a time"),
-        ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature=-1.0 must be"),
-        ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p=1.5 must be"),
-        ({"do_sample": True, "top_k": -3}, ValueError, "top_k=-3 must be"),
-        ({"do_sample": True, "seed": -1}, ValueError, "seed=-1 must be"),
-        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty=0.0 must be"),
-        ({"stop_token_ids": [VOCAB_SIZE]}, ValueError, f"stop_token_ids={VOCAB_SIZE} must be"),
-        ({"stop_token_ids": list(range(40))}, NotImplementedError, "at most 32"),
-        ({"num_beams": 4}, NotImplementedError, "num_beams=4"),
-    ],
-)
-def test_bad_requests_are_named(engine, parameters, error, message):
-    with pytest.raises(error, match=message):
-        engine.submit(**{"input_ids": [1, 2]} | parameters)
+BAD = [
+    ({"max_new_tokens": MAX_SEQ_LEN}, ValueError, "exceed max_seq_len"),
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive integer"),
+    ({"input_ids": []}, ValueError, "empty"),
+    ({"input_ids": [VOCAB_SIZE]}, ValueError, "tokens must be in"),
+    ({"input_ids": [[1], [2]]}, NotImplementedError, "one prompt at a time"),
+    ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature=-1.0 must be"),
+    ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p=1.5 must be"),
+    ({"do_sample": True, "top_k": -3}, ValueError, "top_k=-3 must be"),
+    ({"do_sample": True, "seed": -1}, ValueError, "seed=-1 must be"),
+    ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty=0.0 must be"),
+    ({"stop_token_ids": [VOCAB_SIZE]}, ValueError, f"stop_token_ids={VOCAB_SIZE} must be"),
+    ({"stop_token_ids": list(range(40))}, NotImplementedError, "at most 32"),
+    ({"num_beams": 4}, NotImplementedError, "num_beams=4"),
+]
+
+
+def test_bad_requests_are_named(engine):
+    for parameters, error, message in BAD:
+        with pytest.raises(error, match=message):
+            engine.submit(**{"input_ids": [1, 2]} | parameters)
 
 
 def test_a_request_that_the_pages_could_never_hold():
@@ -315,20 +317,16 @@ def test_more_requests_than_may_wait(kernel):
 
 def test_graphs_of_batches_are_checked():
     kernel = hash_kernel(2, 4)
-    with pytest.raises(ValueError, match="advance_layer"):
+    with pytest.raises(ValueError, match="from rings; use serve"):
         kernel()
-    with pytest.raises(ValueError, match="there is a plan already"):
-        kernel.new_batch_plan(2, 4)
-    for sizes, message in (
-        ((4, 2), "at least max_batch_size=4"),
-        ((0, 2), "max_batch_size=0"),
-        ((1, 2, 0), "page_size=0"),
-    ):
-        kernel.plan_of_batch = None
-        with pytest.raises(ValueError, match=message):
-            kernel.new_batch_plan(*sizes)
     with pytest.raises(ValueError, match="max_waiting=0"):
         new_engine(kernel, max_waiting=0)
+    with pytest.raises(ValueError, match="at least max_batch_size=4"):
+        hash_kernel(4, 2)
+    with pytest.raises(ValueError, match="num_pages=-1 must be"):
+        hash_kernel(2, 2, num_pages=-1)
+    with pytest.raises(ValueError, match="no advance_layer"):
+        BatchKernel(meta_tensors=META, max_batch_size=2, max_tokens_per_step=2).serve()
 
 
 def test_a_worker_that_dies_ends_all_streams(kernel):

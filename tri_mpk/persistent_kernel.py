@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
-from tri_mpk.batch import BatchPlan, BatchState, new_plan, new_state, reset
 from tri_mpk.distributed import Ranks, connect
 from tri_mpk.errors import DeviceError
 from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.add_parts import ADD_PARTS
-from tri_mpk.ops.advance import ADVANCE, RingSizes
 from tri_mpk.ops.all_gather import ALL_GATHER
 from tri_mpk.ops.argmax import ARGMAX, MAILBOX_TOKENS
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
-from tri_mpk.ops.batch_sample import BATCH_SAMPLE
+from tri_mpk.ops.batch_attention import BATCH_ATTENTION
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
@@ -133,8 +130,6 @@ class PersistentKernel:
         self.program: Program | None = None
         self.runtime: Runtime | None = None
         self.vocab_size = 1
-        self.plan_of_batch: BatchPlan | None = None
-        self.batch_state: BatchState | None = None
 
     # ---- tensors ----
 
@@ -185,7 +180,7 @@ class PersistentKernel:
         if grid_dim is not None and grid_dim < 1:
             raise ValueError(f"grid_dim={grid_dim}: the number of tasks must be at least 1; None cuts automatically")
         if policy is None:
-            is_dynamic = self.policy == "dynamic" or (self.policy == "hybrid" and op is ATTENTION)
+            is_dynamic = self.policy == "dynamic" or (self.policy == "hybrid" and op in (ATTENTION, BATCH_ATTENTION))
             policy = Policy.DYNAMIC if is_dynamic else Policy.STATIC
         call = OpCall(op, label or f"{op.name}_{len(self.calls)}", tensors, options, grid_dim, Policy(policy))
         self.calls.append(call)
@@ -208,10 +203,10 @@ class PersistentKernel:
         """
         tensors = {"tokens": input or self.tokens, "weight": weight, "output": output}
         if output.symmetric:
-            _check_dims("embed_layer", output, "output", (self.world_size, weight.dims[1]))
+            check_dims("embed_layer", output, "output", (self.world_size, weight.dims[1]))
             self._call(RANK_EMBEDDING, label, grid_dim, policy, tensors, rank=self.rank, first_row=first_row)
             return
-        _check_dims("embed_layer", output, "output", (weight.dims[1],))
+        check_dims("embed_layer", output, "output", (weight.dims[1],))
         self._call(EMBEDDING, label, grid_dim, policy, tensors)
 
     def rmsnorm_linear_layer(
@@ -234,12 +229,12 @@ class PersistentKernel:
         With `parts` (symmetric, [world_size, D]) the input is input + parts[0] + parts[1] + ..., and `total` [D] fp32
         becomes that.
         """
-        num_rows, hidden_size = _matrix("rmsnorm_linear_layer", weight_linear)
-        _check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
-        _check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
-        _check_dims("rmsnorm_linear_layer", output, "output", (num_rows,))
+        num_rows, hidden_size = matrix_dims("rmsnorm_linear_layer", weight_linear)
+        check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
+        check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        check_dims("rmsnorm_linear_layer", output, "output", (num_rows,))
         if bias:
-            _check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
+            check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "output": output}
         op, sum = self._of_sum("rmsnorm_linear_layer", RMSNORM_LINEAR, RANK_RMSNORM_LINEAR, input, parts, total)
         self._call(op, label, grid_dim, policy, tensors | {"bias": bias} | sum, eps=eps)
@@ -259,7 +254,7 @@ class PersistentKernel:
         if parts is None:
             return op, {}
         _check_symmetric(layer, parts, "parts", (self.world_size, *input.dims))
-        _check_dims(layer, total, "total", input.dims)
+        check_dims(layer, total, "total", input.dims)
         return rank_op, {"parts": parts, "total": total}
 
     def rmsnorm_gated_linear_layer(
@@ -281,11 +276,11 @@ class PersistentKernel:
 
         `parts` and `total` as in rmsnorm_linear_layer.
         """
-        num_rows, hidden_size = _matrix("rmsnorm_gated_linear_layer", weight_gate)
-        _check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
-        _check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
-        _check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
-        _check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
+        num_rows, hidden_size = matrix_dims("rmsnorm_gated_linear_layer", weight_gate)
+        check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
+        check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
+        check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_gate": weight_gate, "weight_up": weight_up}
         op, sum = self._of_sum(
             "rmsnorm_gated_linear_layer", RMSNORM_GATED_LINEAR, RANK_RMSNORM_GATED_LINEAR, input, parts, total
@@ -307,11 +302,11 @@ class PersistentKernel:
 
         The parts of a layer whose columns are shared out. A bias belongs to one rank.
         """
-        num_rows, k = _matrix("linear_layer", weight)
-        _check_dims("linear_layer", input, "input", (k,))
+        num_rows, k = matrix_dims("linear_layer", weight)
+        check_dims("linear_layer", input, "input", (k,))
         _check_symmetric("linear_layer", output, "output", (self.world_size, num_rows))
         if bias:
-            _check_dims("linear_layer", bias, "bias", (num_rows,))
+            check_dims("linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight": weight, "output": output, "bias": bias}
         self._call(RANK_LINEAR, label, grid_dim, policy, tensors, rank=self.rank)
 
@@ -328,12 +323,12 @@ class PersistentKernel:
         policy: str | None = None,
     ) -> None:
         """output [N] fp32 = residual [N] fp32 + weight [N, K] @ input [K] + bias [N]."""
-        num_rows, k = _matrix("linear_with_residual_layer", weight)
-        _check_dims("linear_with_residual_layer", input, "input", (k,))
-        _check_dims("linear_with_residual_layer", residual, "residual", (num_rows,))
-        _check_dims("linear_with_residual_layer", output, "output", (num_rows,))
+        num_rows, k = matrix_dims("linear_with_residual_layer", weight)
+        check_dims("linear_with_residual_layer", input, "input", (k,))
+        check_dims("linear_with_residual_layer", residual, "residual", (num_rows,))
+        check_dims("linear_with_residual_layer", output, "output", (num_rows,))
         if bias:
-            _check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
+            check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight": weight, "residual": residual, "output": output, "bias": bias}
         self._call(LINEAR_RESIDUAL, label, grid_dim, policy, tensors)
 
@@ -386,8 +381,8 @@ class PersistentKernel:
                 f"attention_layer: output has {num_q_heads} heads, which must be a multiple of the {num_kv_heads} heads"
                 " of the KV cache"
             )
-        _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
-        _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
+        check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
+        check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
         tuning = self._tuned(num_kv_heads, head_dim)
         block_kv = min(tuning.block_kv, largest_block_kv(head_dim))
         if page_size % block_kv:
@@ -427,7 +422,7 @@ class PersistentKernel:
 
         Without `residual`, `output` is symmetric, as in linear_layer.
         """
-        num_rows, k = _matrix("attention_output_layer", weight)
+        num_rows, k = matrix_dims("attention_output_layer", weight)
         num_heads = _check_parts("attention_output_layer", "input", input)
         if num_heads * input[0].dims[-1] != k:
             raise ValueError(
@@ -435,7 +430,7 @@ class PersistentKernel:
                 f" {input[0].dims[-1]}; they must agree"
             )
         if bias:
-            _check_dims("attention_output_layer", bias, "bias", (num_rows,))
+            check_dims("attention_output_layer", bias, "bias", (num_rows,))
         tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
         split_tokens = self._tuned(num_heads, input[0].dims[-1]).split_tokens
         if residual is None:
@@ -446,8 +441,8 @@ class PersistentKernel:
                 split_tokens=split_tokens, rank=self.rank,
             )  # fmt: skip
             return
-        _check_dims("attention_output_layer", residual, "residual", (num_rows,))
-        _check_dims("attention_output_layer", output, "output", (num_rows,))
+        check_dims("attention_output_layer", residual, "residual", (num_rows,))
+        check_dims("attention_output_layer", output, "output", (num_rows,))
         self._call(ATTENTION_OUTPUT, label, grid_dim, policy, tensors | {"bias": bias}, split_tokens=split_tokens)
 
     def lm_head_layer(
@@ -469,11 +464,11 @@ class PersistentKernel:
         With `parts` (as in rmsnorm_linear_layer) the weights are the rows of the vocabulary from `first_row` on, and
         `output` is symmetric, [world_size, num_tasks].
         """
-        vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
-        _check_dims("lm_head_layer", input, "input", (hidden_size,))
-        _check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
+        vocab_size, hidden_size = matrix_dims("lm_head_layer", weight_linear)
+        check_dims("lm_head_layer", input, "input", (hidden_size,))
+        check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
         best_value, best_index = output
-        _check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
+        check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
         self.vocab_size = vocab_size
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear}
         best = {"best_value": best_value, "best_index": best_index}
@@ -535,70 +530,6 @@ class PersistentKernel:
         tensors["indices"] = self.new_tensor((NUM_INDICES.value,), torch.int32, name="sample.indices")
         self._call(SAMPLE, label, grid_dim, policy, tensors)
 
-    def new_batch_plan(
-        self, max_batch_size: int, max_tokens_per_step: int, page_size: int = 128, num_pages: int | None = None
-    ) -> BatchPlan:
-        """For a kernel in which many sequences run at a time: what a step computes, read by the layers of batches.
-
-        num_pages: of the KV cache; None: enough for max_batch_size sequences of max_seq_len.
-        """
-        if self.world_size > 1:
-            raise NotImplementedError("batches are not supported on several ranks so far; use one rank")
-        if self.plan_of_batch is not None:
-            raise ValueError("there is a plan already; a kernel has one")
-        for name, value in (("max_batch_size", max_batch_size), ("page_size", page_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if max_tokens_per_step < max_batch_size:
-            raise ValueError(
-                f"max_tokens_per_step={max_tokens_per_step} must be at least max_batch_size={max_batch_size}: every"
-                " sequence that decodes has one in a step"
-            )
-        per_sequence = -(-self.max_seq_len // page_size)
-        num_pages = max_batch_size * per_sequence if num_pages is None else num_pages
-        if num_pages < 1:
-            raise ValueError(f"num_pages={num_pages} must be at least 1")
-        self.plan_of_batch = new_plan(self, max_batch_size, max_tokens_per_step, page_size, num_pages)
-        return self.plan_of_batch
-
-    def advance_layer(
-        self,
-        *,
-        plan: BatchPlan,
-        input: tuple[TensorHandle, TensorHandle],
-        logits: TensorHandle,
-        rings: RingSizes | None = None,
-        label: str | None = None,
-    ) -> None:
-        """The end of a step of batches: each sequence gets its token, and the next step its plan.
-
-        `input` is best_value fp32 and best_index int32 [S, num_parts], of the parts of the vocabulary; `logits` fp32
-        [S, V]. `rings`: how many requests and results may be on their way.
-        """
-        num_sequences = plan.max_batch_size
-        _check_dims("advance_layer", input[0], "input[0]", (num_sequences, input[0].dims[-1]))
-        _check_dims("advance_layer", input[1], "input[1]", input[0].dims)
-        _check_dims("advance_layer", logits, "logits", (num_sequences, logits.dims[-1]))
-        self.vocab_size = vocab_size = logits.dims[1]
-        if vocab_size > MAX_VOCAB.value:
-            raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
-        state = self.batch_state = new_state(self, plan, rings)
-        padded = score_size(vocab_size)
-        marks = torch.zeros(num_sequences, padded, dtype=torch.int8, device=self.device)
-        chosen = self.attach_input(torch.zeros(num_sequences, dtype=torch.int32, device=self.device), name="chosen")
-        logprobs = self.attach_input(torch.zeros(num_sequences, device=self.device), name="logprobs")
-        tensors = {
-            "output_token": plan.output_token, "token_positions": plan.token_positions, "slots": state.slots,
-            "records": state.records, "tokens": state.tokens, "best_value": input[0], "best_index": input[1],
-            "logits": logits, "chosen": chosen, "logprobs": logprobs, "seen": self.attach_input(marks, name="seen"),
-            "scores": self.new_tensor((num_sequences, padded), torch.float32, name="scores"),
-            "scratch": self.new_tensor((num_sequences, NUM_SCRATCH.value), torch.float32, name="sample.scratch"),
-            "indices": self.new_tensor((num_sequences, NUM_INDICES.value), torch.int32, name="sample.indices"),
-        }  # fmt: skip
-        self._call(BATCH_SAMPLE, f"{label or 'advance'} sample", None, None, tensors)
-        tensors = plan.tensors() | state.tensors() | {"chosen": chosen, "logprobs": logprobs}
-        self._call(ADVANCE, label or "advance", None, None, tensors, rings=state.rings, page_size=plan.page_size)
-
     def stop_request_layer(self, *, output: TensorHandle, label: str | None = None) -> None:
         """Whether the hosts ask to stop, told to all ranks: `output` int32, symmetric, [world_size, 1]."""
         _check_symmetric("stop_request_layer", output, "output", (self.world_size, 1))
@@ -647,7 +578,7 @@ class PersistentKernel:
     def plan(self) -> Program:
         """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
         if self.program is None:
-            if not any(call.op in (ARGMAX, RANK_ARGMAX, SAMPLE, ADVANCE) for call in self.calls):
+            if not any(call.op.ends_step for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
             weights = [
                 t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
@@ -690,22 +621,10 @@ class PersistentKernel:
             raise DeviceError(f"a kernel on {self.device} can be planned, not run; use a cuda or cpu device")
 
     def _mailbox_words(self) -> int:
-        if self.batch_state is not None:
-            return self.batch_state.rings.num_words
         return MAILBOX_TOKENS.value + self.max_seq_len
-
-    def launched_for_batches(self) -> AbstractContextManager[None]:
-        """A launch that takes requests from rings until it is told to stop: see tri_mpk/serving.py."""
-        if self.batch_state is None:
-            raise ValueError("the graph has no advance_layer, so it runs one sequence; use launch")
-        self.compile()
-        reset(self.plan_of_batch, self.batch_state)
-        return self.runtime.launched(LaunchRequest.of_batches())
 
     def launch(self, request: LaunchRequest) -> Iterator[int]:
         """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
-        if self.batch_state is not None:
-            raise ValueError("the graph ends in an advance_layer, so requests come through rings; use model.serve")
         chooses = request.last_step + 1 >= request.num_known
         if request.last_step + chooses >= self.max_seq_len:
             raise ValueError(
@@ -756,19 +675,19 @@ def check_capability(device: torch.device) -> None:
         raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
 
 
-def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
+def matrix_dims(layer: str, weight: TensorHandle) -> tuple[int, int]:
     if len(weight.dims) != 2:
         raise ValueError(f"{layer}: {weight.name} must be a matrix [N, K], got {weight.dims}")
     return weight.dims
 
 
-def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
+def check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
     if tensor.dims != dims:
         raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")
 
 
 def _check_symmetric(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
-    _check_dims(layer, tensor, argument, dims)
+    check_dims(layer, tensor, argument, dims)
     if not tensor.symmetric:
         raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric: new_tensor(..., symmetric=True)")
 
@@ -780,6 +699,6 @@ def _check_parts(
     if not isinstance(parts, tuple) or len(parts) != 2 or len(parts[0].dims) != 3:
         raise ValueError(f"{layer}: {argument} must be what new_attention_parts returned, (parts, lse); got {parts}")
     num_splits, num_heads, dim = parts[0].dims
-    _check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim or dim))
-    _check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
+    check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim or dim))
+    check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
     return num_heads

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
+from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.errors import EngineClosedError, EngineFullError
 from tri_mpk.generation import GenerationRequest, resolve
 from tri_mpk.ops import advance
-from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.rings import HostRings
 
 MAX_WAITING = 4096  # requests that wait on the host, by default
@@ -133,7 +133,7 @@ class Engine:
 
     def __init__(
         self,
-        kernel: PersistentKernel,
+        kernel: BatchKernel,
         generation_config: GenerationConfig,
         vocab_size: int,
         max_waiting: int = MAX_WAITING,
@@ -143,7 +143,7 @@ class Engine:
             raise ValueError(f"max_waiting={max_waiting} must be at least 1")
         self.kernel = kernel
         self.generation_config, self.vocab_size, self.max_waiting = generation_config, vocab_size, max_waiting
-        self.plan, self.state = kernel.plan_of_batch, kernel.batch_state
+        self.state = kernel.state
         self.statistics: Statistics | None = None  # of the launch, when it has ended
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -176,6 +176,7 @@ class Engine:
         EngineClosedError; EngineFullError if max_waiting requests still wait after `timeout` seconds (None: wait).
         """
         ids = torch.as_tensor(input_ids)
+        ids = ids if ids.numel() else ids.long()  # an empty list has no type
         if parameters.get("output_logprobs"):
             parameters["return_dict_in_generate"] = True
         request = resolve(
@@ -211,12 +212,12 @@ class Engine:
 
     def check_pages(self, request: GenerationRequest) -> None:
         """ValueError for a request that would not fit if it were alone."""
-        pages = -(-request.max_length // self.plan.page_size)
-        if pages > self.plan.num_pages:
+        pages = -(-request.max_length // self.state.page_size)
+        if pages > self.state.num_pages:
             raise ValueError(
                 f"{len(request.prompt)} prompt tokens and {request.max_length - len(request.prompt)} new ones need"
-                f" {pages} pages of {self.plan.page_size} tokens, but there are {self.plan.num_pages}; ask for fewer or"
-                " load the model with more num_pages"
+                f" {pages} pages of {self.state.page_size} tokens, but there are {self.state.num_pages}; ask for fewer"
+                " or load the model with more num_pages"
             )
 
     def close(self, cancel: bool = False) -> None:
@@ -250,7 +251,7 @@ class Engine:
     def _serve(self) -> None:
         error = rings = None
         try:
-            with self.kernel.launched_for_batches():
+            with self.kernel.serve():
                 rings = HostRings(self.kernel.runtime.mailbox.numpy(), self.state.rings)
                 while not self.kernel.runtime.finished():
                     if not self._move(rings):
