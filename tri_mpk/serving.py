@@ -220,16 +220,20 @@ class Engine:
                 " or load the model with more num_pages"
             )
 
+    def finish(self) -> None:
+        """No more requests. Those that are there go on; the kernel ends with the last of them."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
     def close(self, cancel: bool = False) -> None:
         """No more requests. Waits until all that are there have ended; with `cancel` they end now, as "cancelled".
 
         May be called twice, and with `cancel` while another thread waits here. Raises the error that has ended the
         kernel, if no stream and no `submit` has done so.
         """
-        with self._changed:
-            self._is_closed = True
-            self._is_cancelled |= cancel
-            self._changed.notify_all()
+        self._is_cancelled |= cancel
+        self.finish()
         self._thread.join()
         atexit.unregister(self._exit)
         if self._error is not None and not self._error_was_seen:
