@@ -71,18 +71,17 @@ RUNS = tl.constexpr(1)
 WAITS = tl.constexpr(2)  # it was preempted, and keeps its slot and its tokens
 
 # Words of `counters`.
-NUM_REQUESTS = tl.constexpr(0)  # handed over by the host, as last seen; likewise the next two
-NUM_TAKEN_RESULTS = tl.constexpr(1)
-NUM_CANCELS = tl.constexpr(2)
-NUM_ADMITTED = tl.constexpr(3)  # requests that were taken in
-NUM_RESULTS = tl.constexpr(4)  # written
-NUM_FREE_PAGES = tl.constexpr(5)  # the first so many of `free pages`
-BLOCKED_NEED = tl.constexpr(6)  # pages that the next request lacked when it was last looked at
-LOOKS = tl.constexpr(7)  # whether this step reads the host's words
-NUM_STEPS = tl.constexpr(8)  # statistics: all steps, those with tokens, their tokens, preemptions
-NUM_BUSY_STEPS = tl.constexpr(9)
-NUM_TOKENS = tl.constexpr(10)
-NUM_PREEMPTIONS = tl.constexpr(11)
+SEEN = tl.constexpr(0)  # four words: those that the host writes, as last seen
+NUM_CANCELS = tl.constexpr(4)  # so many cancelled requests there were when it was last looked who they are
+NUM_ADMITTED = tl.constexpr(5)  # requests that were taken in
+NUM_RESULTS = tl.constexpr(6)  # written
+NUM_FREE_PAGES = tl.constexpr(7)  # the first so many of `free pages`
+BLOCKED_NEED = tl.constexpr(8)  # pages that the next request lacked when it was last looked at
+LOOKS = tl.constexpr(9)  # whether this step reads the host's words
+NUM_STEPS = tl.constexpr(10)  # statistics: all steps, those with tokens, their tokens, preemptions
+NUM_BUSY_STEPS = tl.constexpr(11)
+NUM_TOKENS = tl.constexpr(12)
+NUM_PREEMPTIONS = tl.constexpr(13)
 NUM_COUNTERS = tl.constexpr(16)
 
 LOOK_INTERVAL = tl.constexpr(8)  # steps between two looks at the host's words while no slot is free
@@ -209,19 +208,19 @@ def advance_requests(
     num_pages = tl.load(slots_ptr + SLOT_PAGES * S + slots, mask=is_slot, other=0)
     order = tl.load(slots_ptr + SLOT_ORDER * S + slots, mask=is_slot, other=0)
     output = tl.load(output_token_ptr + slots, mask=is_slot, other=-1)
-    looks = tl.load(counters_ptr + LOOKS) != 0
-    num_requests = tl.load(counters_ptr + NUM_REQUESTS)
-    num_taken = tl.load(counters_ptr + NUM_TAKEN_RESULTS)
     num_cancels = tl.load(counters_ptr + NUM_CANCELS)
     num_admitted = tl.load(counters_ptr + NUM_ADMITTED)
     num_results = tl.load(counters_ptr + NUM_RESULTS)
     num_free = tl.load(counters_ptr + NUM_FREE_PAGES).to(tl.int32)
     blocked_need = tl.load(counters_ptr + BLOCKED_NEED).to(tl.int32)
-    four = tl.arange(0, 4)
-    stop = tl.sum(tl.where(four == HOST_STOP, host, 0), axis=0)
-    num_requests = tl.where(looks, tl.sum(tl.where(four == HOST_REQUESTS, host, 0), axis=0), num_requests)
-    num_taken = tl.where(looks, tl.sum(tl.where(four == HOST_RESULTS, host, 0), axis=0), num_taken)
-    all_cancels = tl.where(looks, tl.sum(tl.where(four == HOST_CANCELS, host, 0), axis=0), num_cancels)
+    # Each warp has read the host's words for itself, and perhaps other ones: all must go on with the same.
+    looks = tl.load(counters_ptr + LOOKS) != 0
+    tl.store(counters_ptr + SEEN + tl.arange(0, 4), host, mask=looks & (tl.arange(0, 4) < 4))
+    tl.debug_barrier()
+    stop = tl.load(counters_ptr + SEEN + HOST_STOP)
+    num_requests = tl.load(counters_ptr + SEEN + HOST_REQUESTS)
+    num_taken = tl.load(counters_ptr + SEEN + HOST_RESULTS)
+    all_cancels = tl.load(counters_ptr + SEEN + HOST_CANCELS)
     records = RINGS + tickets_size
     results = records + tickets_size * RECORD
     prompts = results + results_size * RESULT
@@ -232,7 +231,11 @@ def advance_requests(
     if (all_cancels != num_cancels) & has_room:
         acquire_word(mailbox_ptr + HOST_CANCELS, PORTABLE)
         flags_ptr = mailbox_ptr + records + ticket * RECORD + RECORD_CANCEL
-        is_cancelled = tl.load(flags_ptr, mask=status != FREE, other=0, volatile=True) != 0
+        flags = tl.load(flags_ptr, mask=status != FREE, other=0, volatile=True)
+        flags_ptr = records_ptr + slots * RECORD + RECORD_CANCEL  # for the same reason
+        tl.store(flags_ptr, flags, mask=status != FREE)
+        tl.debug_barrier()
+        is_cancelled = tl.load(flags_ptr, mask=status != FREE, other=0) != 0
         num_cancels = all_cancels
     has_token = output >= 0
     reason, num_new = report(
@@ -338,8 +341,6 @@ def advance_requests(
     num_steps = tl.load(counters_ptr + NUM_STEPS)
     num_shared = tl.sum(share, axis=0)
     looks_next = (num_live < S) | (num_shared == 0) | (num_steps % LOOK_INTERVAL == 0)
-    tl.store(counters_ptr + NUM_REQUESTS, num_requests)
-    tl.store(counters_ptr + NUM_TAKEN_RESULTS, num_taken)
     tl.store(counters_ptr + NUM_CANCELS, num_cancels)
     tl.store(counters_ptr + NUM_ADMITTED, num_admitted)
     tl.store(counters_ptr + NUM_RESULTS, num_results)

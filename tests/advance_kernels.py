@@ -23,10 +23,13 @@ from tri_mpk.ops.advance import (
     FREE,
     LOOK_INTERVAL,
     LOOKS,
+    NUM_ADMITTED,
     NUM_COUNTERS,
     NUM_FREE_PAGES,
     NUM_PREEMPTIONS,
+    NUM_RESULTS,
     RUNS,
+    SEEN,
     SLOT_FIELDS,
     WAITS,
     RingSizes,
@@ -36,8 +39,6 @@ from tri_mpk.ops.op import next_power_of_2
 from tri_mpk.ops.rings import RECORD
 from tri_mpk.rings import HostRings, Result
 from tri_mpk.scheduler import device as words
-
-ADMITTED, RESULTS, REQUESTS, TAKEN = 3, 4, 0, 1  # words of `counters`
 
 
 @triton.jit
@@ -172,7 +173,7 @@ class Reference:
         return results
 
     def deliver(self, chosen: dict[int, int]) -> list[Result]:
-        looks_at_cancelled = self.looks and self.num_cancels_seen != self.num_cancels_known and self.has_room
+        looks_at_cancelled = self.num_cancels_seen != self.num_cancels_known and self.has_room
         if looks_at_cancelled:
             self.num_cancels_known = self.num_cancels_seen
         results = []
@@ -291,7 +292,7 @@ def run(kernel: Kernel, ours: Reference, rng: np.random.Generator, num_steps: in
     rings.num_taken = first
     for word in (1, 2, 8, 9):
         kernel.mailbox[word] = first
-    for word in (REQUESTS, TAKEN, ADMITTED, RESULTS):
+    for word in (SEEN.value + 1, SEEN.value + 2, NUM_ADMITTED.value, NUM_RESULTS.value):
         kernel.counters[word] = first
     open_tickets: set[int] = set()
     expected, number, closed, waits = [], 0, False, False

@@ -111,7 +111,7 @@ def hash_kernel(
     sequence_pages = -(-max_seq_len // page_size)
     num_pages = num_pages or max_batch_size * sequence_pages
     plan = mpk.new_step_plan(sequence_pages)
-    cache = torch.full((num_pages, page_size), -1, dtype=torch.int32)
+    cache = torch.full((max(num_pages, 1), page_size), -1, dtype=torch.int32)
     logits = mpk.new_tensor((max_batch_size, VOCAB_SIZE), torch.float32, name="logits")
     best = (
         mpk.new_tensor((max_batch_size, NUM_PARTS), torch.float32, name="best_value"),
