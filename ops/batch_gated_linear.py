@@ -40,27 +40,26 @@ def batch_gated_linear_tile(
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     HALF: tl.constexpr = ROWS // 2
-    num_blocks, block_rows = even_block(num_rows, HALF)
-    tile_row = tl.arange(0, ROWS)
+    block_rows = even_block(num_rows, HALF)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     tokens = all_tokens(BLOCKS)
     rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
-    for block in tl.range(0, num_blocks, num_stages=1):
-        row = block * block_rows + tile_row % HALF
-        is_row = (tile_row % HALF < block_rows) & (row < num_rows)
-        row_at = (row0 + row).to(tl.int64) * K
-        weight_ptrs = tl.where(tile_row < HALF, gate_ptr + row_at, up_ptr + row_at)
-        half_row = block * block_rows + tl.arange(0, HALF)
-        is_half_row = (tl.arange(0, HALF) < block_rows) & (half_row < num_rows)
-        for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
+    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
+        left = tl.minimum(block_rows, num_rows - done)
+        row = row0 + done + tl.arange(0, HALF)
+        is_row = tl.arange(0, HALF) < left
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
             token = first + tl.arange(0, TOKENS)
             is_token = token < num_tokens
-            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_token, K, SEGMENT)
+            y = multiply_rows(
+                gate_ptr, up_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
+                K, True, False, SEGMENT,
+            )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))
             h = gate / (1.0 + tl.exp(-gate)) * up
-            at = h_ptr + token[None, :] * N + (row0 + half_row)[:, None]
-            tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_half_row[:, None] & is_token[None, :])
+            at = h_ptr + token[None, :] * N + row[:, None]
+            tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
     signal(task, event_ptr, PORTABLE)
 
 

@@ -29,34 +29,50 @@ SEGMENT_BYTES = 64  # of a row that a warp takes at a time
 
 @triton.jit
 def multiply_rows(
-    weight_ptrs, is_row, x_ptr, x_row, is_token, K: tl.constexpr, SEGMENT: tl.constexpr
+    weight_ptr, second_ptr, row, num_rows, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
+    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, TOKENS] fp32. weight_ptrs, is_row [ROWS]: where rows of weights begin; x_row, is_token [TOKENS]: of x."""
+    """[ROWS, TOKENS] fp32: num_rows rows of a matrix from `row` on, times num_tokens rows of x from `first` on.
+
+    GATED: ROWS / 2 rows of each of two matrices. OUTPUTS: rows of x are the output tokens of the sequences `outputs`.
+    Indices are computed in the shape in which they are used: a change of layout goes through shared memory.
+    """
     SEGMENTS: tl.constexpr = 16  # of K: one per warp
-    segment = tl.arange(0, SEGMENTS) * SEGMENT
-    k = tl.arange(0, SEGMENT)
-    weight_k = segment[:, None, None] + k[None, None, :]
-    x_k = segment[:, None, None] + k[None, :, None]
-    weight_at = weight_ptrs[None, :, None] + weight_k
-    x_at = x_ptr + x_row[None, None, :] * K + x_k
+    HALF: tl.constexpr = ROWS // 2
+    segment = (tl.arange(0, SEGMENTS) * SEGMENT)[:, None, None]
+    weight_k = segment + tl.arange(0, SEGMENT)[None, None, :]
+    x_k = segment + tl.arange(0, SEGMENT)[None, :, None]
+    tile_row = tl.arange(0, ROWS)[None, :, None]
+    token = tl.arange(0, TOKENS)[None, None, :]
+    is_token = token < num_tokens - first
+    if GATED:
+        is_row = tile_row % HALF < num_rows
+        begin = tl.where(tile_row < HALF, weight_ptr, second_ptr) + (row + tile_row % HALF).to(tl.int64) * K
+    else:
+        is_row = tile_row < num_rows
+        begin = weight_ptr + (row + tile_row).to(tl.int64) * K
+    if OUTPUTS:
+        sequence = tl.load(outputs_ptr + first + token, mask=is_token, other=0)
+        x_begin = x_ptr + tl.load(output_token_ptr + sequence, mask=is_token, other=0) * K
+    else:
+        x_begin = x_ptr + (first + token) * K
     acc = tl.zeros([SEGMENTS, ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, K, SEGMENTS * SEGMENT, num_stages=STAGES):
-        weight_mask = is_row[None, :, None]
-        x_mask = is_token[None, None, :]
-        if K % (SEGMENTS * SEGMENT) != 0:
-            weight_mask = weight_mask & (start + weight_k < K)
-            x_mask = x_mask & (start + x_k < K)
-        w = tl.load(weight_at + start, mask=weight_mask, other=0.0)
-        x = tl.load(x_at + start, mask=x_mask, other=0.0)
+    for start in tl.range(0, tl.where(num_rows > 0, K, 0), SEGMENTS * SEGMENT, num_stages=STAGES):  # not unrolled
+        if K % (SEGMENTS * SEGMENT) == 0:
+            w = tl.load(begin + (start + weight_k), mask=is_row, other=0.0)
+            x = tl.load(x_begin + (start + x_k), mask=is_token, other=0.0)
+        else:
+            w = tl.load(begin + (start + weight_k), mask=is_row & (start + weight_k < K), other=0.0)
+            x = tl.load(x_begin + (start + x_k), mask=is_token & (start + x_k < K), other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
     return tl.sum(acc, axis=0)
 
 
 @triton.jit
 def even_block(num_rows, BLOCK: tl.constexpr):
-    """In how many blocks of up to BLOCK rows a task works, and the rows of each but the last: equal ones."""
+    """The rows of a task's blocks: equal ones, but for the last, and not more than BLOCK."""
     num_blocks = (num_rows + BLOCK - 1) // BLOCK
-    return num_blocks, (num_rows + num_blocks - 1) // num_blocks
+    return (num_rows + num_blocks - 1) // num_blocks
 
 
 @triton.jit

@@ -38,19 +38,21 @@ def batch_linear_tile(
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    num_blocks, block_rows = even_block(num_rows, ROWS)
+    block_rows = even_block(num_rows, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     tokens = all_tokens(BLOCKS)
     rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
-    for block in tl.range(0, num_blocks, num_stages=1):
-        row = block * block_rows + tl.arange(0, ROWS)
-        is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
-        row += row0
-        weight_ptrs = weight_ptr + row.to(tl.int64) * K
-        for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
+    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
+        left = tl.minimum(block_rows, num_rows - done)
+        row = row0 + done + tl.arange(0, ROWS)
+        is_row = tl.arange(0, ROWS) < left
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
             token = first + tl.arange(0, TOKENS)
             is_token = token < num_tokens
-            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_token, K, SEGMENT)
+            y = multiply_rows(
+                weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
+                K, False, False, SEGMENT,
+            )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]

@@ -42,7 +42,7 @@ def batch_lm_head_tile(
     NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    num_blocks, block_rows = even_block(num_rows, ROWS)
+    block_rows = even_block(num_rows, ROWS)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_outputs = tl.load(counts_ptr + 1)
     outputs = all_tokens(BLOCKS)
@@ -51,17 +51,18 @@ def batch_lm_head_tile(
     rstd = token_rstd(squares_ptr, tokens, outputs < num_outputs, D, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
     best = tl.full([BLOCKS, TOKENS], float("-inf"), tl.float32)
     best_row = tl.zeros([BLOCKS, TOKENS], tl.int32)
-    for block in tl.range(0, num_blocks, num_stages=1):
-        row = block * block_rows + tl.arange(0, ROWS)
-        is_row = (tl.arange(0, ROWS) < block_rows) & (row < num_rows)
-        row += row0
-        weight_ptrs = weight_ptr + row.to(tl.int64) * D
-        for first in tl.range(0, num_outputs, TOKENS, num_stages=1):
+    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
+        left = tl.minimum(block_rows, num_rows - done)
+        row = row0 + done + tl.arange(0, ROWS)
+        is_row = tl.arange(0, ROWS) < left
+        for first in tl.range(0, num_outputs, TOKENS, num_stages=1, disable_licm=True):
             output = first + tl.arange(0, TOKENS)
             is_output = output < num_outputs
             sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
-            token = tl.load(output_token_ptr + sequence, mask=is_output, other=0)
-            y = multiply_rows(weight_ptrs, is_row, xb_ptr, token, is_output, D, SEGMENT)
+            y = multiply_rows(
+                weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_outputs, outputs_ptr, output_token_ptr,
+                D, False, True, SEGMENT,
+            )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]
             tl.store(at, y, mask=is_row[:, None] & is_output[None, :])
