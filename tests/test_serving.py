@@ -110,6 +110,18 @@ def test_enough_pages_preempt_nobody(kernel):
     assert engine.statistics.tokens == sum(len(s.request.prompt) + len(s.tokens) - 1 for s in streams)
 
 
+def test_equal_beginnings_are_computed_once(kernel):
+    """Full pages of the one that runs already; tokens are as if each had its own."""
+    same = prompt(11)
+    with new_engine(kernel) as engine:
+        streams = [engine.submit(same, max_new_tokens=9)]
+        next(streams[0])
+        streams += [engine.submit(torch.cat((same[:n], prompt(5 - n // 3))), max_new_tokens=3) for n in (9, 4, 2)]
+        streams.append(engine.submit(same, max_new_tokens=2))
+    check_all(streams)
+    assert engine.statistics.shared_pages >= 2
+
+
 def test_a_sequence_of_all_pages(engine):
     stream = engine.submit(prompt(MAX_SEQ_LEN - 1), max_new_tokens=1)
     other = engine.submit(prompt(3), max_new_tokens=MAX_SEQ_LEN - 3)

@@ -130,12 +130,14 @@ def check_pages(request: GenerationRequest, state: BatchState) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What a launch did: steps, those of them with tokens, their tokens, and sequences that had to give pages back."""
+    """What a launch did: steps, those of them with tokens, their tokens, sequences that had to give their pages back,
+    and pages that sequences began with because others begin with the same tokens."""
 
     steps: int
     busy_steps: int
     tokens: int
     preemptions: int
+    shared_pages: int
 
 
 class Engine:
@@ -325,7 +327,9 @@ class Engine:
 
     def _read_statistics(self) -> Statistics:
         counters = self.state.counters.data.tolist()
-        names = (advance.NUM_STEPS, advance.NUM_BUSY_STEPS, advance.NUM_TOKENS, advance.NUM_PREEMPTIONS)
+        names = (
+            advance.NUM_STEPS, advance.NUM_BUSY_STEPS, advance.NUM_TOKENS, advance.NUM_PREEMPTIONS, advance.NUM_SHARED
+        )  # fmt: skip
         return Statistics(*(counters[name.value] for name in names))
 
 
