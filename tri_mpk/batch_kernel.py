@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from tri_mpk.batch_state import BatchState, new_state
+from tri_mpk.ops.advance import ADVANCE, RingSizes
 from tri_mpk.ops.append_kv import APPEND_KV
 from tri_mpk.ops.attention import default_scale
 from tri_mpk.ops.batch_attention import BATCH_ATTENTION, block_tokens, num_item_parts
@@ -16,8 +20,12 @@ from tri_mpk.ops.batch_linear import BATCH_LINEAR
 from tri_mpk.ops.batch_linear_residual import BATCH_LINEAR_RESIDUAL
 from tri_mpk.ops.batch_lm_head import BATCH_LM_HEAD
 from tri_mpk.ops.batch_merge import BATCH_MERGE
+from tri_mpk.ops.batch_sample import BATCH_SAMPLE
 from tri_mpk.ops.op import TensorHandle
+from tri_mpk.ops.sample import score_size
+from tri_mpk.ops.sampling import MAX_VOCAB, NUM_INDICES, NUM_SCRATCH
 from tri_mpk.persistent_kernel import PersistentKernel, check_dims, matrix_dims
+from tri_mpk.runtime import LaunchRequest
 
 MAX_TOKENS_PER_STEP = 1 << 15  # an item of attention has 16 bits for its first token, and the sign
 BLOCK_KV = 64  # tokens of the KV cache that attention loads at once
@@ -40,6 +48,9 @@ class StepPlan:
     sequence_tokens: TensorHandle  # [S] how many it has, 0: none
     output_token: TensorHandle  # [S] whose logits choose the next token; -1: none do
     page_table: TensorHandle  # [S, pages of a sequence]
+
+    def tensors(self) -> dict[str, TensorHandle]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @property
     def max_tokens(self) -> int:
@@ -91,6 +102,8 @@ class BatchKernel(PersistentKernel):
                 raise ValueError(f"{name}={value} must be from 1 to {MAX_TOKENS_PER_STEP}")
         self.max_batch_size, self.max_tokens_per_step = max_batch_size, max_tokens_per_step
         self.has_bulk_copies = False  # for a ring, which these layers do not use
+        self.step_plan: StepPlan | None = None  # of the steps that `advance_layer` ends
+        self.state: BatchState | None = None
 
     # ---- tensors ----
 
@@ -339,6 +352,76 @@ class BatchKernel(PersistentKernel):
             "logits": logits, "best_value": best[0], "best_index": best[1],
         }  # fmt: skip
         self._call(BATCH_LM_HEAD, label, None, policy, tensors, eps=eps)
+
+    def advance_layer(
+        self,
+        *,
+        plan: StepPlan,
+        input: tuple[TensorHandle, TensorHandle],
+        logits: TensorHandle,
+        page_size: int,
+        num_pages: int,
+        rings: RingSizes | None = None,
+        label: str = "advance",
+    ) -> None:
+        """The end of a step: sequences get their tokens, requests come and go, and the next step gets its plan.
+
+        `input` and `logits` are what batch_lm_head_layer leaves; the KV cache has `num_pages` pages for all sequences
+        together. `rings`: how many requests and results may be on their way. Such a kernel is launched by `serve`.
+        """
+        if self.max_tokens_per_step < self.max_batch_size:
+            raise ValueError(
+                f"max_tokens_per_step={self.max_tokens_per_step} must be at least max_batch_size="
+                f"{self.max_batch_size}: every sequence that decodes has a token in a step"
+            )
+        if page_size < 1 or num_pages < 1:
+            raise ValueError(f"page_size={page_size} and num_pages={num_pages} must be at least 1")
+        vocab_size = logits.dims[1]
+        check_dims("advance_layer", logits, "logits", (self.max_batch_size, vocab_size))
+        check_dims("advance_layer", input[0], "input[0]", (self.max_batch_size, input[0].dims[-1]))
+        check_dims("advance_layer", input[1], "input[1]", input[0].dims)
+        check_dims(
+            "advance_layer", plan.page_table, "page_table", (self.max_batch_size, -(-self.max_seq_len // page_size))
+        )
+        if vocab_size > MAX_VOCAB.value:
+            raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
+        self.vocab_size = vocab_size
+        self.step_plan, self.state = plan, new_state(self, page_size, num_pages, rings)
+        dims = (self.max_batch_size, score_size(vocab_size))
+        marks = torch.zeros(dims, dtype=torch.int8, device=self.device)
+        chosen = {
+            "chosen": self.attach_input(torch.zeros(dims[0], dtype=torch.int32, device=self.device), name="chosen"),
+            "logprobs": self.attach_input(torch.zeros(dims[0], device=self.device), name="logprobs"),
+        }
+        state = self.state.tensors()
+        sample = {
+            "output_token": plan.output_token, "token_positions": plan.token_positions,
+            "best_value": input[0], "best_index": input[1], "logits": logits,
+            "seen": self.attach_input(marks, name="seen"),
+            "scores": self.new_tensor(dims, torch.float32, name="scores"),
+            "scratch": self.new_tensor((dims[0], NUM_SCRATCH.value), torch.float32, name="sample.scratch"),
+            "indices": self.new_tensor((dims[0], NUM_INDICES.value), torch.int32, name="sample.indices"),
+        } | {name: state[name] for name in ("slots", "records", "tokens")}  # fmt: skip
+        self._call(BATCH_SAMPLE, f"{label} sample", None, None, sample | chosen)
+        self._call(
+            ADVANCE, label, None, None, plan.tensors() | state | chosen, rings=self.state.rings, page_size=page_size
+        )
+
+    # ---- launch ----
+
+    def _mailbox_words(self) -> int:
+        return super()._mailbox_words() if self.state is None else self.state.rings.num_words
+
+    def launch(self, request: LaunchRequest) -> Iterator[int]:
+        raise ValueError("a kernel of many sequences takes its requests from rings; use serve, or model.serve")
+
+    def serve(self) -> AbstractContextManager[None]:
+        """A launch that takes requests from the rings in its mailbox until it is told to stop: see tri_mpk/rings.py."""
+        if self.state is None:
+            raise ValueError("the graph has no advance_layer, so that no request could come in; add one at the end")
+        self.compile()
+        self.state.reset(self.step_plan)
+        return self.runtime.launched(LaunchRequest.of_batches())
 
 
 def _check_residual(layer: str, residual: Residual, plan: StepPlan, size: int, next_norm: TensorHandle) -> None:

@@ -15,7 +15,7 @@ from tri_mpk.errors import DeviceError
 from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.add_parts import ADD_PARTS
 from tri_mpk.ops.all_gather import ALL_GATHER
-from tri_mpk.ops.argmax import ARGMAX
+from tri_mpk.ops.argmax import ARGMAX, MAILBOX_TOKENS
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
 from tri_mpk.ops.batch_attention import BATCH_ATTENTION
@@ -612,13 +612,16 @@ class PersistentKernel:
         program = self.plan()
         if self.world_size > 1 and self.ranks is None:
             self.ranks = connect(self.world_size, self.rank, self.device)
-        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s, self.ranks)
+        common = (program, self.vocab_size, self._mailbox_words(), self.wait_bound_s, self.ranks)
         if self.device.type == "cuda":
             self.runtime = CudaRuntime(*common, cuda_device=self.device)
         elif self.device.type == "cpu":
             self.runtime = InterpreterRuntime(*common)
         else:
             raise DeviceError(f"a kernel on {self.device} can be planned, not run; use a cuda or cpu device")
+
+    def _mailbox_words(self) -> int:
+        return MAILBOX_TOKENS.value + self.max_seq_len
 
     def launch(self, request: LaunchRequest) -> Iterator[int]:
         """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
