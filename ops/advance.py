@@ -422,7 +422,8 @@ def advance_requests(
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
 
 
-@triton.jit
+# Triton's time for a function grows with the square of its size, so this one is not inlined.
+@triton.jit(noinline=True)
 def advance_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch,
     num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,  # out: the plan

@@ -44,7 +44,8 @@ def mark_prompt(seen_ptr, tokens_ptr, length, V: tl.constexpr, TURN: tl.constexp
     tl.debug_barrier()
 
 
-@triton.jit
+# Triton's time for a function grows with the square of its size, so this one is not inlined.
+@triton.jit(noinline=True)
 def batch_sample_tile(
     task, event_ptr, control_ptr, epoch,
     output_token_ptr, token_positions_ptr, slots_ptr, records_ptr, tokens_ptr,  # in
