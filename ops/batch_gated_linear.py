@@ -19,7 +19,7 @@ from tri_mpk.ops.batch_gemm import (
     even_block,
     multiply_rows,
     of_block,
-    tile_k,
+    tile_sizes,
     token_blocks,
     token_rstd,
 )
@@ -35,7 +35,7 @@ def batch_gated_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
@@ -53,7 +53,7 @@ def batch_gated_linear_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 gate_ptr, up_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, True, False, TILE_K,
+                K, True, False, TILE_K, STAGES,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))
@@ -81,7 +81,7 @@ def cut_batch_gated_linear(
         {
             "N": num_rows, "K": k, "EPS": eps,
             "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
-            "TILE_K": tile_k(weight_gate),
+            **tile_sizes(weight_gate, 2 * -(-num_rows // machine.num_workers)),
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,

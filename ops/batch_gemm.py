@@ -20,15 +20,13 @@ from tri_mpk.ops.op import TensorHandle, next_power_of_2
 
 ROWS = tl.constexpr(64)  # the least that `wgmma` takes
 TOKENS = tl.constexpr(64)
-STAGES = tl.constexpr(6)  # five tiles of 16 KiB of weights on their way
 SUM_PARTS = tl.constexpr(32)
-TILE_BYTES = 256  # of a row
 
 
 @triton.jit
 def multiply_rows(
     weight_ptr, second_ptr, row, num_rows, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
-    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr,
+    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] fp32: num_rows rows of a matrix from `row` on, times num_tokens rows of x from `first` on.
 
@@ -118,9 +116,13 @@ def token_blocks(max_tokens: int) -> int:
     return next_power_of_2(-(-max_tokens // TOKENS.value))
 
 
-def tile_k(weight: TensorHandle) -> int:
-    """Columns of a tile."""
-    return TILE_BYTES // weight.dtype.itemsize
+def tile_sizes(weight: TensorHandle, rows: int) -> dict[str, int]:
+    """How weights and activations come, of which 192 KiB of shared memory are full. `rows`: of a task.
+
+    A step of the loop takes 0.6 us, however few of its ROWS there are: then its rows are longer.
+    """
+    tile_bytes, stages = (512, 3) if rows <= ROWS.value * 3 // 4 else (256, 6)
+    return {"TILE_K": tile_bytes // weight.dtype.itemsize, "STAGES": stages}
 
 
 def normed_torch(x: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

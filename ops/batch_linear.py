@@ -19,7 +19,7 @@ from tri_mpk.ops.batch_gemm import (
     even_block,
     multiply_rows,
     of_block,
-    tile_k,
+    tile_sizes,
     token_blocks,
     token_rstd,
 )
@@ -34,7 +34,7 @@ def batch_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
@@ -51,7 +51,7 @@ def batch_linear_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, False, False, TILE_K,
+                K, False, False, TILE_K, STAGES,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             if HAS_BIAS:
@@ -79,7 +79,7 @@ def cut_batch_linear(
         {
             "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
             "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
-            "TILE_K": tile_k(weight),
+            **tile_sizes(weight, -(-num_rows // machine.num_workers)),
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,

@@ -21,7 +21,7 @@ from tri_mpk.ops.batch_gemm import (
     normed_torch,
     of_block,
     store_residual,
-    tile_k,
+    tile_sizes,
     token_blocks,
     with_block,
 )
@@ -37,7 +37,7 @@ def batch_linear_residual_tile(
     x_ptr, xb_ptr, squares_ptr,  # in and out, out, out
     part, row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, PORTABLE: tl.constexpr,
+    MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     block_rows = even_block(num_rows, ROWS)
@@ -52,7 +52,7 @@ def batch_linear_residual_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, h_ptr, first, num_tokens, h_ptr, h_ptr,
-                K, False, False, TILE_K,
+                K, False, False, TILE_K, STAGES,
             )  # fmt: skip
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
@@ -86,7 +86,8 @@ def cut_batch_linear_residual(
     cut = Cut(
         {
             "N": num_rows, "K": k, "HAS_BIAS": bias is not None,
-            "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens), "TILE_K": tile_k(weight),
+            "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
+            **tile_sizes(weight, -(-num_rows // num_parts)),
         },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or squares,

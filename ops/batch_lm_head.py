@@ -21,7 +21,7 @@ from tri_mpk.ops.batch_gemm import (
     even_block,
     multiply_rows,
     of_block,
-    tile_k,
+    tile_sizes,
     token_blocks,
     token_rstd,
     with_block,
@@ -39,7 +39,7 @@ def batch_lm_head_tile(
     logits_of_ptr, best_value_ptr, best_index_ptr,  # out
     part, row0, num_rows,
     V: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, NUM_BEST: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
     block_rows = even_block(num_rows, ROWS)
@@ -61,7 +61,7 @@ def batch_lm_head_tile(
             sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_outputs, outputs_ptr, output_token_ptr,
-                D, False, True, TILE_K,
+                D, False, True, TILE_K, STAGES,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]
@@ -102,7 +102,7 @@ def cut_batch_lm_head(
         {
             "V": vocab_size, "D": k, "EPS": eps, "NUM_BEST": num_best,
             "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(outputs.numel),
-            "TILE_K": tile_k(weight),
+            **tile_sizes(weight, -(-vocab_size // num_best)),
         },
         {
             "counts_ptr": counts, "outputs_ptr": outputs, "output_token_ptr": output_token,
