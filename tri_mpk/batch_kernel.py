@@ -413,7 +413,9 @@ class BatchKernel(PersistentKernel):
         return super()._mailbox_words() if self.state is None else self.state.rings.num_words
 
     def launch(self, request: LaunchRequest) -> Iterator[int]:
-        raise ValueError("a kernel of many sequences takes its requests from rings; use serve, or model.serve")
+        if self.state is not None:
+            raise ValueError("a kernel of many sequences takes its requests from rings; use serve, or model.serve")
+        return super().launch(request)
 
     def serve(self) -> AbstractContextManager[None]:
         """A launch that takes requests from the rings in its mailbox until it is told to stop: see tri_mpk/rings.py."""
