@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment
 
-FEW_SPILLS = 24  # words stored and loaded: the thread index, addresses of outer loops; none in the loop over weights
-TILE_BYTES = 32 << 10  # of weights that a product takes at a time
+FEW_SPILLS = 64  # words stored and loaded: most of them in `advance`, which one worker runs once a step
+TILES_BYTES = 192 << 10  # of weights and activations on their way
 
 # Two layers have all variants. In a process of its own: see test_aot.py.
 REPORT = """
 import dataclasses, json, re, sys
 import torch
-from repeat_step import REPEAT_STEP
 from tri_mpk.aot import compile_for, resources
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.generator import write_source
@@ -38,7 +35,9 @@ kernel = BatchKernel(
 )
 model = empty_model(config, torch.bfloat16)
 output = build_batch(kernel, describe(config, 8192), model, page_size=128, progress=False)
-kernel.op_layer(REPEAT_STEP, logits=output.logits)
+best = output.best_value, output.best_index
+pages = sequences * 8192 // 128
+kernel.advance_layer(plan=output.plan, input=best, logits=output.logits, page_size=128, num_pages=pages)
 program = kernel.plan()
 compiled = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, compiled.metadata.shared, 227 << 10)
@@ -61,14 +60,12 @@ print(json.dumps(resources(compiled) | dataclasses.asdict(plan) | {"copies": wid
     ],
 )
 def test_batch_kernels_fit_hopper(name: str, sequences: int, tokens: int, policy: str):
-    environment = clean_environment()
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     command = [sys.executable, "-c", REPORT, name, str(sequences), str(tokens), policy]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["registers"] <= MAX_REGISTERS and report["spills"] <= FEW_SPILLS
-    assert 3 * TILE_BYTES < report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
+    assert TILES_BYTES <= report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] == report["bulk_copies"] == 0
-    assert list(report["copies"]) == ["16"] and report["copies"]["16"] > 100, "weights, activations, keys and values"
-    assert report["wgmma.mma"] == 0 < report["mma.sync"], "one kind of product for any number of tokens"
+    assert list(report["copies"]) == ["16"] and report["copies"]["16"] > 50, "weights, activations, keys and values"
+    assert report["wgmma.mma"] > 0 and report["mma.sync"] > 0, "matrices; attention"
