@@ -141,4 +141,4 @@ def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-ARGMAX = Op("argmax", argmax_tile, cut_argmax, argmax_torch)
+ARGMAX = Op("argmax", argmax_tile, cut_argmax, argmax_torch, ends_step=True)

@@ -46,6 +46,10 @@ class TensorHandle:
     def whole(self) -> Region:
         return self.span(0, self.numel)
 
+    def columns(self, lo: int, hi: int) -> Region:
+        """Columns lo to hi of a matrix, as a box in two coordinates. Not to be mixed with `span` of the same tensor."""
+        return Region(self.name, ((0, self.dims[0]), (lo, hi)))
+
     def box(self, *box: tuple[int, int]) -> Region:
         """A region in coordinates of the op's own; see Region."""
         return Region(self.name, box)
@@ -71,6 +75,7 @@ class Op:
     cut: Callable[..., Cut]
     reference: Callable[..., object]
     waits_for_ranks: bool = False  # other ranks may signal the event that its tasks wait for
+    ends_step: bool = False  # it says whether there is another step; a graph needs one that does
 
 
 @dataclass(slots=True)

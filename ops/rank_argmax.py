@@ -81,4 +81,4 @@ def rank_argmax_torch(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-RANK_ARGMAX = Op("argmax", rank_argmax_tile, cut_rank_argmax, rank_argmax_torch, waits_for_ranks=True)
+RANK_ARGMAX = Op("argmax", rank_argmax_tile, cut_rank_argmax, rank_argmax_torch, waits_for_ranks=True, ends_step=True)

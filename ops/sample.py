@@ -24,20 +24,24 @@ from tri_mpk.scheduler.device import (
     CONTROL_EOS,
     CONTROL_LAST_STEP,
     CONTROL_LOGITS_STRIDE,
-    CONTROL_MIN_P,
     CONTROL_NUM_EOS,
     CONTROL_NUM_KNOWN,
-    CONTROL_REPETITION_PENALTY,
-    CONTROL_SEED,
-    CONTROL_TEMPERATURE,
-    CONTROL_TOP_K,
-    CONTROL_TOP_P,
     signal,
     wait,
 )
 from tri_mpk.scheduler.graph import Address, Task
 
-# Values of CONTROL_CHOICE
+# How tokens are chosen: words (int64) from CONTROL_CHOICE on, or of a request's record (batch_sample.py). Numbers that
+# are no integers as fp32 bits.
+CHOICE = tl.constexpr(0)  # one of the three below
+CHOICE_SEED = tl.constexpr(1)
+CHOICE_TEMPERATURE = tl.constexpr(2)
+CHOICE_TOP_K = tl.constexpr(3)  # 0: off
+CHOICE_TOP_P = tl.constexpr(4)  # 1.0: off
+CHOICE_MIN_P = tl.constexpr(5)  # 0.0: off
+CHOICE_REPETITION_PENALTY = tl.constexpr(6)  # 1.0: off
+CHOICE_WORDS = tl.constexpr(7)
+
 CHOOSE_BEST = tl.constexpr(0)  # of what lm_head's tasks found
 CHOOSE_BEST_SCORE = tl.constexpr(1)  # after the repetition penalty, and with its log-probability
 CHOOSE_AT_RANDOM = tl.constexpr(2)
@@ -46,24 +50,24 @@ MAX_TURN = 4096  # 8 numbers per thread: with twice as many the kernel spills
 
 
 @triton.jit
-def control_float(control_ptr, word):
-    return tl.load(control_ptr + word).to(tl.int32).to(tl.float32, bitcast=True)
+def float_word(choice_ptr, word):
+    return tl.load(choice_ptr + word).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def choose(
-    control_ptr, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
+    choice_ptr, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
     V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """The token for a position and its log-probability; -1 if no logit is a number."""
-    penalty = control_float(control_ptr, CONTROL_REPETITION_PENALTY)
-    temperature = control_float(control_ptr, CONTROL_TEMPERATURE)
+    """The token for a position and its log-probability; -1 if no logit is a number. `choice_ptr`: the words CHOICE_."""
+    penalty = float_word(choice_ptr, CHOICE_REPETITION_PENALTY)
+    temperature = float_word(choice_ptr, CHOICE_TEMPERATURE)
     best = write_scores(logits_ptr, seen_ptr, scores_ptr, penalty, temperature, V, TURN, PORTABLE)
     top = over_block(best, scratch_ptr, "max", PORTABLE)
     if choice == CHOOSE_AT_RANDOM:
-        uniform = tl.rand(tl.load(control_ptr + CONTROL_SEED), position)
-        top_k = tl.load(control_ptr + CONTROL_TOP_K).to(tl.int32)
-        top_p, min_p = control_float(control_ptr, CONTROL_TOP_P), control_float(control_ptr, CONTROL_MIN_P)
+        uniform = tl.rand(tl.load(choice_ptr + CHOICE_SEED), position)
+        top_k = tl.load(choice_ptr + CHOICE_TOP_K).to(tl.int32)
+        top_p, min_p = float_word(choice_ptr, CHOICE_TOP_P), float_word(choice_ptr, CHOICE_MIN_P)
         token, logprob = sample(
             scores_ptr, scratch_ptr, indices_ptr, best, top, uniform, top_k, top_p, min_p, V, TURN, PORTABLE
         )
@@ -95,8 +99,9 @@ def sample_tile(
     if (choice != CHOOSE_BEST) & (step + 1 >= num_known):
         row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
         chosen, logprob = choose(
-            control_ptr, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr, V, TURN, PORTABLE
-        )
+            control_ptr + CONTROL_CHOICE, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr,
+            V, TURN, PORTABLE,
+        )  # fmt: skip
         token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
         tl.store(logprobs_ptr + step + 1, logprob)
         tl.store(seen_ptr + token, 1)
@@ -176,4 +181,4 @@ def sample_torch(
     return scores.softmax(-1)
 
 
-SAMPLE = Op("sample", sample_tile, cut_sample, sample_torch)
+SAMPLE = Op("sample", sample_tile, cut_sample, sample_torch, ends_step=True)

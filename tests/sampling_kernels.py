@@ -94,12 +94,12 @@ def search_kernel(
 
 @triton.jit
 def choose_kernel(
-    control_ptr, logits_ptr, seen_ptr, scores_ptr, scratch_ptr, indices_ptr, tokens_ptr, logprobs_ptr, first,
+    choice_ptr, logits_ptr, seen_ptr, scores_ptr, scratch_ptr, indices_ptr, tokens_ptr, logprobs_ptr, first,
     CHOICE: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0) + first
     token, logprob = choose(
-        control_ptr, CHOICE, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr, V, TURN, True
+        choice_ptr, CHOICE, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr, V, TURN, True
     )
     tl.store(tokens_ptr + position, token)
     tl.store(logprobs_ptr + position, logprob)
@@ -122,15 +122,13 @@ def seen_mask(previous: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def run_choose(logits: torch.Tensor, sampling: Sampling, previous: torch.Tensor, number: int = 1, first: int = 0):
-    control = torch.zeros(64, dtype=torch.int64)
-    for word, value in sampling.control_words().items():
-        control[word] = value
+    words = torch.tensor(sampling.words())
     memory = Memory(len(logits))
     tokens = torch.full((first + number,), -7, dtype=torch.int32)
     logprobs = torch.full((first + number,), float("nan"))
     choose_kernel[(number,)](
-        control, logits, seen_mask(previous, len(logits)), memory.scores, memory.scratch, memory.indices, tokens,
-        logprobs, first, CHOICE=int(control[50]), **memory.sizes,
+        words, logits, seen_mask(previous, len(logits)), memory.scores, memory.scratch, memory.indices, tokens,
+        logprobs, first, CHOICE=int(words[0]), **memory.sizes,
     )  # fmt: skip
     return tokens[first:].long(), logprobs[first:]
 

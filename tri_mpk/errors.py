@@ -76,3 +76,11 @@ def _rank_names(ranks: Sequence[int]) -> str:
 
 class WorkerDiedError(TriMpkError, RuntimeError):
     """A worker process of the CPU path ended in the middle of a launch."""
+
+
+class EngineClosedError(TriMpkError, RuntimeError):
+    """An engine that was closed, or whose kernel has ended with an error, takes no requests."""
+
+
+class EngineFullError(TriMpkError, RuntimeError):
+    """As many requests as an engine may hold are waiting already. Try again later, or with a longer timeout."""

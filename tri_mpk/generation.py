@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig
@@ -153,6 +153,49 @@ def resolve(
         )
     return_dict = bool(parameters.get("return_dict_in_generate", config.get("return_dict_in_generate")))
     return GenerationRequest(prompt, max_length, ends, _sampling(parameters, config, bool(do_sample)), return_dict)
+
+
+def resolve_batch(
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    defaults: GenerationConfig,
+    max_seq_len: int,
+    vocab_size: int,
+    *,
+    attention_mask: torch.Tensor | None,
+    generation_config: GenerationConfig | None,
+    parameters: dict[str, object],
+) -> tuple[list[GenerationRequest], int]:
+    """`resolve` for the prompts of a batch, without their padding on the left, and the id to pad results with.
+
+    A length counts from the padded prompt, as in transformers. Prompt i draws from seed + i.
+    """
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids must be integers [batch, length], got {ids.dtype} {tuple(ids.shape)}")
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=ids.device)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
+    config = {"generation_config": generation_config, "parameters": parameters}
+    padded = torch.zeros_like(ids[:1]) if len(ids) else ids
+    common = resolve(padded, defaults, max_seq_len, vocab_size, attention_mask=None, **config)
+    requests = []
+    for i, (row, kept) in enumerate(zip(ids, mask != 0, strict=True)):
+        if bool((kept[1:] < kept[:-1]).any()):
+            raise NotImplementedError(f"attention_mask of prompt {i} is not padding on the left; pad with zeros there")
+        prompt = check_input_ids(row[kept][None], None, vocab_size)
+        requests.append(
+            replace(
+                common,
+                prompt=prompt,
+                max_length=len(prompt) + common.max_length - ids.shape[1],
+                sampling=replace(common.sampling, seed=(common.sampling.seed + i) % (1 << 64)),
+            )
+        )
+    given = _given(defaults) | ({} if generation_config is None else _given(generation_config)) | parameters
+    pad = given.get("pad_token_id")
+    if pad is None:
+        pad = next((token for token in common.eos_token_ids if token >= 0), 0)
+    return requests, int(pad)
 
 
 def _sampling(parameters: dict[str, object], config: dict[str, object], do_sample: bool) -> Sampling:

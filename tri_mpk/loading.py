@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tri_mpk.batching import PAGE_SIZE, Batching
 from tri_mpk.distributed import rank_device, resolve_world
 from tri_mpk.errors import CheckpointError, DeviceError, UnsupportedModelError
-from tri_mpk.model import PAGE_SIZE, CausalLM
+from tri_mpk.model import CausalLM
 from tri_mpk.models import FAMILIES, DecoderShape, describe
 from tri_mpk.persistent_kernel import DTYPES
 from tri_mpk.sharding import Shard, load_generation_config, random_shard, read_shard, shard_model
@@ -37,6 +38,10 @@ def from_pretrained(
     profile: bool = False,
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
+    max_batch_size: int = 1,
+    max_tokens_per_step: int = 64,
+    num_pages: int | None = None,
+    page_size: int = PAGE_SIZE,
     **hub: object,
 ) -> CausalLM:
     """A checkpoint, by its folder or its name on the Hugging Face hub.
@@ -55,6 +60,10 @@ def from_pretrained(
             whole model here. On several ranks, all of them make the same calls.
         reduce_dtype: in which ranks send each other what they add to the residual stream, itself in fp32. bfloat16 is
             half the traffic and as accurate as the same sum in transformers.
+        max_batch_size: so many sequences run at a time, in one launch: see `CausalLM.serve`, and `generate` of batches.
+            1: the kernel made for one sequence. Then the next three have no meaning.
+        max_tokens_per_step: of all sequences together: one for each that decodes, the rest for prompts, in chunks.
+        num_pages, page_size: of the KV cache; None: enough for max_batch_size sequences of max_seq_len.
         hub: passed to transformers (revision=, token=, cache_dir=, local_files_only=, ...).
 
     Raises: CheckpointError, UnsupportedModelError, DeviceError, ValueError.
@@ -72,6 +81,11 @@ def from_pretrained(
         raise CheckpointError(f"cannot read the config of {name_or_path}: {error}") from error
     dtype = resolve_dtype(dtype, device, config)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    of_batches = {
+        "max_batch_size": max_batch_size, "max_tokens_per_step": max_tokens_per_step, "num_pages": num_pages,
+        "page_size": page_size,
+    }  # fmt: skip
+    batching = resolve_batching(Batching(**of_batches), world_size)
     others = {
         "max_seq_len": max_seq_len, "num_workers": num_workers, "wait_bound_s": wait_bound_s, "tuning": tuning,
         "policy": policy, "progress": progress, "profile": profile, "reduce_dtype": reduce_dtype,
@@ -88,8 +102,8 @@ def from_pretrained(
                 f"cannot load the weights of {name_or_path}: {error}. Is a file missing or cut short?"
             ) from error
         load_generation_config(name_or_path, model, **hub)
-        return _from_local(model, shard, dtype, device, **others)
-    check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len)
+        return _from_local(model, shard, dtype, device, batching=batching, **others)
+    check_memory(config, describe(config, max_seq_len), dtype, device, max_seq_len, batching)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True,
@@ -109,7 +123,7 @@ def from_pretrained(
             f"{name_or_path}: {key} has shape {tuple(found)}, but the config asks for {tuple(wanted)};"
             " config.json and the weights do not belong together"
         )
-    return from_model(model, device=device, tensor_parallel=1, **others)
+    return from_model(model, device=device, tensor_parallel=1, **others, **of_batches)
 
 
 def from_model(
@@ -126,6 +140,10 @@ def from_model(
     profile: bool = False,
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
+    max_batch_size: int = 1,
+    max_tokens_per_step: int = 64,
+    num_pages: int | None = None,
+    page_size: int = PAGE_SIZE,
 ) -> CausalLM:
     """A transformers causal LM. On a GPU its weights are used where they lie (moved and converted first if need be):
     the model keeps working, its q, k and v weights as views of one packed tensor. Do not train it afterwards.
@@ -139,13 +157,14 @@ def from_model(
     dtype = resolve_dtype(dtype or (model.dtype if device.type != "cpu" else None), device, model.config)
     max_seq_len = resolve_max_seq_len(max_seq_len, model.config)
     describe(model.config, max_seq_len)
+    batching = resolve_batching(Batching(max_batch_size, max_tokens_per_step, num_pages, page_size), world_size)
     shard = None
     if world_size > 1:
         shard = Shard(model.config, rank, world_size)
         model = shard_model(model, shard, dtype, device)
     return _from_local(
         model, shard, dtype, device, max_seq_len, num_workers, wait_bound_s, tuning, policy, progress, profile,
-        reduce_dtype,
+        reduce_dtype, batching,
     )  # fmt: skip
 
 
@@ -162,6 +181,7 @@ def _from_local(
     progress: bool,
     profile: bool,
     reduce_dtype: torch.dtype | str,
+    batching: Batching,
 ) -> CausalLM:
     """A model whose weights are all that this rank needs: the whole model, or a shard."""
     model = model.to(device).requires_grad_(False).eval()
@@ -176,8 +196,9 @@ def _from_local(
     if reduce_dtype not in DTYPES:
         raise ValueError(f"reduce_dtype={reduce_dtype} is not supported; choose one of {', '.join(map(str, DTYPES))}")
     return CausalLM(
-        model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning, policy, shard, reduce_dtype
-    )
+        model, device, max_seq_len, num_workers, wait_bound_s, progress, profile, tuning, policy, shard, reduce_dtype,
+        batching,
+    )  # fmt: skip
 
 
 def from_config(
@@ -195,6 +216,10 @@ def from_config(
     profile: bool = False,
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
+    max_batch_size: int = 1,
+    max_tokens_per_step: int = 64,
+    num_pages: int | None = None,
+    page_size: int = PAGE_SIZE,
 ) -> CausalLM:
     """Random weights, made on the device: for benchmarks and tests. Ranks have parts of the same model."""
     rank, world_size = resolve_world(tensor_parallel)
@@ -203,11 +228,12 @@ def from_config(
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
     shard = Shard(config, rank, world_size) if world_size > 1 else None
     local = config if shard is None else shard.local_config()
-    check_memory(local, describe(local, max_seq_len), dtype, device, max_seq_len)
+    batching = resolve_batching(Batching(max_batch_size, max_tokens_per_step, num_pages, page_size), world_size)
+    check_memory(local, describe(local, max_seq_len), dtype, device, max_seq_len, batching)
     model = random_model(config, seed, dtype, device) if shard is None else random_shard(shard, seed, dtype, device)
     return _from_local(
         model, shard, dtype, device, max_seq_len, num_workers, wait_bound_s, tuning, policy, progress, profile,
-        reduce_dtype,
+        reduce_dtype, batching,
     )  # fmt: skip
 
 
@@ -286,26 +312,46 @@ def resolve_max_seq_len(max_seq_len: int | None, config: PreTrainedConfig) -> in
     return max_seq_len
 
 
-def memory_bytes(config: PreTrainedConfig, shape: DecoderShape, dtype: torch.dtype, max_seq_len: int) -> int:
+def resolve_batching(batching: Batching, world_size: int) -> Batching:
+    if world_size > 1 and not batching.is_one:
+        raise NotImplementedError(
+            f"max_batch_size={batching.max_batch_size} is not supported on {world_size} ranks so far; use one rank"
+        )
+    return batching
+
+
+def memory_bytes(
+    config: PreTrainedConfig,
+    shape: DecoderShape,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    batching: Batching = Batching(),  # noqa: B008  it is frozen
+) -> int:
     """Device memory for weights and KV cache."""
     weights = sum(p.numel() for p in empty_model(config, dtype).parameters())
-    pages = -(-max_seq_len // PAGE_SIZE) * PAGE_SIZE
-    cache = 2 * shape.num_layers * pages * shape.num_kv_heads * shape.head_dim
+    tokens = batching.pages(max_seq_len) * batching.page_size
+    cache = 2 * shape.num_layers * tokens * shape.num_kv_heads * shape.head_dim
     return (weights + cache) * dtype.itemsize
 
 
 def check_memory(
-    config: PreTrainedConfig, shape: DecoderShape, dtype: torch.dtype, device: torch.device, max_seq_len: int
+    config: PreTrainedConfig,
+    shape: DecoderShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    batching: Batching = Batching(),  # noqa: B008
 ) -> None:
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed = int(memory_bytes(config, shape, dtype, max_seq_len) * 1.02) + (
+    needed = int(memory_bytes(config, shape, dtype, max_seq_len, batching) * 1.02) + (
         256 << 20
     )  # queues, buffers, one packed layer
     if needed > free:
         raise DeviceError(
-            f"{needed / 2**30:.1f} GiB are needed on {device} (weights and a KV cache for {max_seq_len} tokens),"
+            f"{needed / 2**30:.1f} GiB are needed on {device} (weights and a KV cache for"
+            f" {batching.pages(max_seq_len) * batching.page_size if not batching.is_one else max_seq_len} tokens),"
             f" {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; choose a smaller max_seq_len or model"
         )

@@ -13,22 +13,24 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tri_mpk.batch_kernel import BatchKernel
+from tri_mpk.batching import PAGE_SIZE, Batching
 from tri_mpk.distributed import Ranks, connect
-from tri_mpk.generation import GenerateOutput, check_input_ids, resolve
+from tri_mpk.generation import GenerateOutput, check_input_ids, resolve, resolve_batch
 from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
+from tri_mpk.models.batch_decoder import build_batch
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
 from tri_mpk.sampling import Sampling
+from tri_mpk.serving import MAX_WAITING, Engine
 from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
 from tri_mpk.tuning_store import find_tuning
 
 if TYPE_CHECKING:
     from tri_mpk.profiler import Profile
-
-PAGE_SIZE = 128
 
 
 class CausalLM:
@@ -51,6 +53,7 @@ class CausalLM:
         policy: str = "static",
         shard: Shard | None = None,
         reduce_dtype: torch.dtype = torch.float32,
+        batching: Batching = Batching(),  # noqa: B008  it is frozen
     ):
         self.config: PreTrainedConfig = model.config if shard is None else shard.config
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
@@ -62,7 +65,7 @@ class CausalLM:
         step = torch.zeros(1, dtype=torch.int32, device=device)
         tokens = torch.zeros(max_seq_len, dtype=torch.int64, device=device)
         self.tuning_source = "cost model" if tuning is None else "given"
-        if tuning is None and device.type == "cuda":
+        if tuning is None and device.type == "cuda" and batching.is_one:
             tuning, self.tuning_source = find_tuning(find_profile(device)[0], self.shape, self.dtype, num_workers)
         self.shard = shard
         rank, world_size = (0, 1) if shard is None else (shard.rank, shard.world_size)
@@ -71,20 +74,31 @@ class CausalLM:
             self.ranks = connect(world_size, rank, device)
             facts = {"config": self.config.to_json_string(), "dtype": str(self.dtype), "max_seq_len": max_seq_len}
             self.ranks.agree("the models of the ranks", facts)
-        self.kernel = PersistentKernel(
-            world_size,
-            rank,
-            ranks=self.ranks,
-            num_workers=num_workers,
-            meta_tensors=[step, tokens],
-            wait_bound_s=wait_bound_s,
-            profile=profile,
-            tuning=tuning,
-            policy=policy,
-        )
-        first_row = 0 if shard is None else shard.first_row
-        build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row, reduce_dtype)
+        self.batching = batching
+        options = {
+            "ranks": self.ranks, "num_workers": num_workers, "meta_tensors": [step, tokens],
+            "wait_bound_s": wait_bound_s, "profile": profile, "tuning": tuning, "policy": policy,
+        }  # fmt: skip
+        if batching.is_one:
+            self.kernel = PersistentKernel(world_size, rank, **options)
+            first_row = 0 if shard is None else shard.first_row
+            build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row, reduce_dtype)
+        else:
+            self.kernel = self._build_batch(model, BatchKernel(
+                world_size, rank, max_batch_size=batching.max_batch_size,
+                max_tokens_per_step=batching.max_tokens_per_step, **options,
+            ))  # fmt: skip
+        self._serving: Engine | None = None
         self._lock = threading.Lock()  # one launch at a time
+
+    def _build_batch(self, model: nn.Module, kernel: BatchKernel) -> BatchKernel:
+        num_pages, page_size = self.batching.pages(self.max_seq_len), self.batching.page_size
+        output = build_batch(kernel, self.shape, model, page_size, self.progress, num_pages)
+        best = output.best_value, output.best_index
+        kernel.advance_layer(
+            plan=output.plan, input=best, logits=output.logits, page_size=page_size, num_pages=num_pages
+        )
+        return kernel
 
     def compile(self) -> None:
         """Plans, verifies, generates and compiles the kernel now instead of at the first use."""
@@ -120,13 +134,18 @@ class CausalLM:
         stop_token_ids: end the text like EOS ids, which they do not replace.
         output_logprobs: see GenerateOutput. Needs return_dict_in_generate=True.
 
-        `streamer.put` is called with every token while the kernel runs.
+        `streamer.put` is called with every token while the kernel runs; for one prompt only, as in transformers.
 
-        Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`; a GenerateOutput with
-        return_dict_in_generate=True.
-        Raises: ValueError for bad input, NotImplementedError for what is not supported (beams, batches, ..., and
-        anything but plain greedy decoding on several ranks), MegakernelTimeout. After Ctrl-C the model stays usable.
+        A model loaded with max_batch_size > 1 takes any number of prompts, padded on the left where attention_mask is
+        zero; those beyond max_batch_size begin when others have ended. Prompt i draws from seed + i.
+
+        Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`, texts of a batch padded on the
+        right with pad_token_id; a GenerateOutput with return_dict_in_generate=True.
+        Raises: ValueError for bad input, NotImplementedError for what is not supported (beams, ..., and anything but
+        plain greedy decoding on several ranks), MegakernelTimeout. After Ctrl-C the model stays usable.
         """
+        if not self.batching.is_one:
+            return self._generate_batch(input_ids, generation_config, attention_mask, streamer, parameters)
         request = resolve(
             input_ids,
             self.generation_config,
@@ -169,11 +188,83 @@ class CausalLM:
             return sequences
         return GenerateOutput(sequences=sequences, logprobs=None if logprobs is None else logprobs[None].to(device))
 
+    def _generate_batch(
+        self,
+        input_ids: torch.Tensor | Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None,
+        attention_mask: torch.Tensor | None,
+        streamer: BaseStreamer | None,
+        parameters: dict[str, object],
+    ) -> torch.Tensor | GenerateOutput:
+        requests, pad = resolve_batch(
+            input_ids,
+            self.generation_config,
+            self.max_seq_len,
+            self.config.vocab_size,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            parameters=parameters,
+        )
+        if streamer is not None and len(requests) > 1:
+            raise ValueError(f"a streamer is for one prompt, got {len(requests)}; leave it out, or use model.serve()")
+        with self._serve(max_waiting=len(requests)) as engine:
+            for request in requests:
+                engine.check_pages(request)
+            streams = [engine.enqueue(request) for request in requests]
+            engine.finish()
+            if streamer is not None:
+                try:
+                    streamer.put(requests[0].prompt[None])
+                    for token in streams[0]:
+                        streamer.put(torch.tensor([token]))
+                finally:
+                    streamer.end()
+            new_tokens = [torch.tensor(stream.result()) for stream in streams]
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else self.device
+        new = nn.utils.rnn.pad_sequence(new_tokens, batch_first=True, padding_value=pad).to(device)
+        sequences = torch.cat((torch.as_tensor(input_ids).to(device, torch.int64), new), dim=1)
+        if not requests[0].return_dict:
+            return sequences
+        logprobs = None
+        if requests[0].sampling.logprobs:
+            each = [torch.tensor(stream.logprobs) for stream in streams]
+            logprobs = nn.utils.rnn.pad_sequence(each, batch_first=True).to(device)
+        return GenerateOutput(sequences=sequences, logprobs=logprobs)
+
+    def serve(self, max_waiting: int = MAX_WAITING) -> Engine:
+        """Starts the kernel, which takes requests until the engine is closed; use it in a `with` statement.
+
+        Needs a model loaded with max_batch_size > 1, which does nothing else meanwhile. `max_waiting`: so many requests
+        may wait on the host. See tri_mpk/serving.py and docs/serving.md.
+        """
+        if self.batching.is_one:
+            raise ValueError("the model was loaded for one sequence at a time; load it with max_batch_size=8, say")
+        self._serving = self._serve(max_waiting)
+        return self._serving
+
+    def _serve(self, max_waiting: int) -> Engine:
+        self._check_not_serving()
+        self._lock.acquire()
+        try:
+            self.compile()
+            return Engine(self.kernel, self.generation_config, self.config.vocab_size, max_waiting, self._lock.release)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check_not_serving(self) -> None:
+        if self._serving is not None and self._serving.is_open:
+            raise RuntimeError("the model is serving; submit requests to its engine, or close that first")
+
     @torch.no_grad()
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **parameters: object
     ) -> CausalLMOutputWithPast:
         """Logits of every position: fp32 [1, length, V]."""
+        if not self.batching.is_one:
+            raise NotImplementedError(
+                "model(): logits need a model loaded with max_batch_size=1; use generate or serve"
+            )
         for name, value in parameters.items():
             if value is not None and not (value is True and name in ("use_cache", "return_dict")):
                 raise NotImplementedError(f"model(): {name}={value!r} is not supported; leave it out")

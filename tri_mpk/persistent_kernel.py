@@ -15,9 +15,10 @@ from tri_mpk.errors import DeviceError
 from tri_mpk.gpu_profile import GpuProfile, find_profile
 from tri_mpk.ops.add_parts import ADD_PARTS
 from tri_mpk.ops.all_gather import ALL_GATHER
-from tri_mpk.ops.argmax import ARGMAX
+from tri_mpk.ops.argmax import ARGMAX, MAILBOX_TOKENS
 from tri_mpk.ops.attention import ATTENTION, default_scale
 from tri_mpk.ops.attention_output import ATTENTION_OUTPUT
+from tri_mpk.ops.batch_attention import BATCH_ATTENTION
 from tri_mpk.ops.embedding import EMBEDDING
 from tri_mpk.ops.linear_residual import LINEAR_RESIDUAL
 from tri_mpk.ops.lm_head import LM_HEAD
@@ -179,7 +180,7 @@ class PersistentKernel:
         if grid_dim is not None and grid_dim < 1:
             raise ValueError(f"grid_dim={grid_dim}: the number of tasks must be at least 1; None cuts automatically")
         if policy is None:
-            is_dynamic = self.policy == "dynamic" or (self.policy == "hybrid" and op is ATTENTION)
+            is_dynamic = self.policy == "dynamic" or (self.policy == "hybrid" and op in (ATTENTION, BATCH_ATTENTION))
             policy = Policy.DYNAMIC if is_dynamic else Policy.STATIC
         call = OpCall(op, label or f"{op.name}_{len(self.calls)}", tensors, options, grid_dim, Policy(policy))
         self.calls.append(call)
@@ -202,10 +203,10 @@ class PersistentKernel:
         """
         tensors = {"tokens": input or self.tokens, "weight": weight, "output": output}
         if output.symmetric:
-            _check_dims("embed_layer", output, "output", (self.world_size, weight.dims[1]))
+            check_dims("embed_layer", output, "output", (self.world_size, weight.dims[1]))
             self._call(RANK_EMBEDDING, label, grid_dim, policy, tensors, rank=self.rank, first_row=first_row)
             return
-        _check_dims("embed_layer", output, "output", (weight.dims[1],))
+        check_dims("embed_layer", output, "output", (weight.dims[1],))
         self._call(EMBEDDING, label, grid_dim, policy, tensors)
 
     def rmsnorm_linear_layer(
@@ -228,12 +229,12 @@ class PersistentKernel:
         With `parts` (symmetric, [world_size, D]) the input is input + parts[0] + parts[1] + ..., and `total` [D] fp32
         becomes that.
         """
-        num_rows, hidden_size = _matrix("rmsnorm_linear_layer", weight_linear)
-        _check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
-        _check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
-        _check_dims("rmsnorm_linear_layer", output, "output", (num_rows,))
+        num_rows, hidden_size = matrix_dims("rmsnorm_linear_layer", weight_linear)
+        check_dims("rmsnorm_linear_layer", input, "input", (hidden_size,))
+        check_dims("rmsnorm_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        check_dims("rmsnorm_linear_layer", output, "output", (num_rows,))
         if bias:
-            _check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
+            check_dims("rmsnorm_linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear, "output": output}
         op, sum = self._of_sum("rmsnorm_linear_layer", RMSNORM_LINEAR, RANK_RMSNORM_LINEAR, input, parts, total)
         self._call(op, label, grid_dim, policy, tensors | {"bias": bias} | sum, eps=eps)
@@ -253,7 +254,7 @@ class PersistentKernel:
         if parts is None:
             return op, {}
         _check_symmetric(layer, parts, "parts", (self.world_size, *input.dims))
-        _check_dims(layer, total, "total", input.dims)
+        check_dims(layer, total, "total", input.dims)
         return rank_op, {"parts": parts, "total": total}
 
     def rmsnorm_gated_linear_layer(
@@ -275,11 +276,11 @@ class PersistentKernel:
 
         `parts` and `total` as in rmsnorm_linear_layer.
         """
-        num_rows, hidden_size = _matrix("rmsnorm_gated_linear_layer", weight_gate)
-        _check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
-        _check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
-        _check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
-        _check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
+        num_rows, hidden_size = matrix_dims("rmsnorm_gated_linear_layer", weight_gate)
+        check_dims("rmsnorm_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
+        check_dims("rmsnorm_gated_linear_layer", input, "input", (hidden_size,))
+        check_dims("rmsnorm_gated_linear_layer", weight_norm, "weight_norm", (hidden_size,))
+        check_dims("rmsnorm_gated_linear_layer", output, "output", (num_rows,))
         tensors = {"input": input, "weight_norm": weight_norm, "weight_gate": weight_gate, "weight_up": weight_up}
         op, sum = self._of_sum(
             "rmsnorm_gated_linear_layer", RMSNORM_GATED_LINEAR, RANK_RMSNORM_GATED_LINEAR, input, parts, total
@@ -301,11 +302,11 @@ class PersistentKernel:
 
         The parts of a layer whose columns are shared out. A bias belongs to one rank.
         """
-        num_rows, k = _matrix("linear_layer", weight)
-        _check_dims("linear_layer", input, "input", (k,))
+        num_rows, k = matrix_dims("linear_layer", weight)
+        check_dims("linear_layer", input, "input", (k,))
         _check_symmetric("linear_layer", output, "output", (self.world_size, num_rows))
         if bias:
-            _check_dims("linear_layer", bias, "bias", (num_rows,))
+            check_dims("linear_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight": weight, "output": output, "bias": bias}
         self._call(RANK_LINEAR, label, grid_dim, policy, tensors, rank=self.rank)
 
@@ -322,12 +323,12 @@ class PersistentKernel:
         policy: str | None = None,
     ) -> None:
         """output [N] fp32 = residual [N] fp32 + weight [N, K] @ input [K] + bias [N]."""
-        num_rows, k = _matrix("linear_with_residual_layer", weight)
-        _check_dims("linear_with_residual_layer", input, "input", (k,))
-        _check_dims("linear_with_residual_layer", residual, "residual", (num_rows,))
-        _check_dims("linear_with_residual_layer", output, "output", (num_rows,))
+        num_rows, k = matrix_dims("linear_with_residual_layer", weight)
+        check_dims("linear_with_residual_layer", input, "input", (k,))
+        check_dims("linear_with_residual_layer", residual, "residual", (num_rows,))
+        check_dims("linear_with_residual_layer", output, "output", (num_rows,))
         if bias:
-            _check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
+            check_dims("linear_with_residual_layer", bias, "bias", (num_rows,))
         tensors = {"input": input, "weight": weight, "residual": residual, "output": output, "bias": bias}
         self._call(LINEAR_RESIDUAL, label, grid_dim, policy, tensors)
 
@@ -380,8 +381,8 @@ class PersistentKernel:
                 f"attention_layer: output has {num_q_heads} heads, which must be a multiple of the {num_kv_heads} heads"
                 " of the KV cache"
             )
-        _check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
-        _check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
+        check_dims("attention_layer", v_cache, "v_cache", k_cache.dims)
+        check_dims("attention_layer", input, "input", ((num_q_heads + 2 * num_kv_heads) * head_dim,))
         tuning = self._tuned(num_kv_heads, head_dim)
         block_kv = min(tuning.block_kv, largest_block_kv(head_dim))
         if page_size % block_kv:
@@ -421,7 +422,7 @@ class PersistentKernel:
 
         Without `residual`, `output` is symmetric, as in linear_layer.
         """
-        num_rows, k = _matrix("attention_output_layer", weight)
+        num_rows, k = matrix_dims("attention_output_layer", weight)
         num_heads = _check_parts("attention_output_layer", "input", input)
         if num_heads * input[0].dims[-1] != k:
             raise ValueError(
@@ -429,7 +430,7 @@ class PersistentKernel:
                 f" {input[0].dims[-1]}; they must agree"
             )
         if bias:
-            _check_dims("attention_output_layer", bias, "bias", (num_rows,))
+            check_dims("attention_output_layer", bias, "bias", (num_rows,))
         tensors = {"parts": input[0], "lse": input[1], "weight": weight, "residual": residual, "output": output}
         split_tokens = self._tuned(num_heads, input[0].dims[-1]).split_tokens
         if residual is None:
@@ -440,8 +441,8 @@ class PersistentKernel:
                 split_tokens=split_tokens, rank=self.rank,
             )  # fmt: skip
             return
-        _check_dims("attention_output_layer", residual, "residual", (num_rows,))
-        _check_dims("attention_output_layer", output, "output", (num_rows,))
+        check_dims("attention_output_layer", residual, "residual", (num_rows,))
+        check_dims("attention_output_layer", output, "output", (num_rows,))
         self._call(ATTENTION_OUTPUT, label, grid_dim, policy, tensors | {"bias": bias}, split_tokens=split_tokens)
 
     def lm_head_layer(
@@ -463,11 +464,11 @@ class PersistentKernel:
         With `parts` (as in rmsnorm_linear_layer) the weights are the rows of the vocabulary from `first_row` on, and
         `output` is symmetric, [world_size, num_tasks].
         """
-        vocab_size, hidden_size = _matrix("lm_head_layer", weight_linear)
-        _check_dims("lm_head_layer", input, "input", (hidden_size,))
-        _check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
+        vocab_size, hidden_size = matrix_dims("lm_head_layer", weight_linear)
+        check_dims("lm_head_layer", input, "input", (hidden_size,))
+        check_dims("lm_head_layer", weight_norm, "weight_norm", (hidden_size,))
         best_value, best_index = output
-        _check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
+        check_dims("lm_head_layer", best_index, "output[1]", best_value.dims)
         self.vocab_size = vocab_size
         tensors = {"input": input, "weight_norm": weight_norm, "weight_linear": weight_linear}
         best = {"best_value": best_value, "best_index": best_index}
@@ -577,7 +578,7 @@ class PersistentKernel:
     def plan(self) -> Program:
         """Everything before the device: tasks, events, queues, proof, source. Called by `compile`."""
         if self.program is None:
-            if not any(call.op in (ARGMAX, RANK_ARGMAX, SAMPLE) for call in self.calls):
+            if not any(call.op.ends_step for call in self.calls):
                 raise ValueError("the graph has no argmax_layer, so that a step would never end; add one at the end")
             weights = [
                 t for t in self.tensors.values() if len(t.dims) == 2 and t.dtype in DTYPES and t.data is not None
@@ -611,13 +612,16 @@ class PersistentKernel:
         program = self.plan()
         if self.world_size > 1 and self.ranks is None:
             self.ranks = connect(self.world_size, self.rank, self.device)
-        common = (program, self.vocab_size, self.max_seq_len, self.wait_bound_s, self.ranks)
+        common = (program, self.vocab_size, self._mailbox_words(), self.wait_bound_s, self.ranks)
         if self.device.type == "cuda":
             self.runtime = CudaRuntime(*common, cuda_device=self.device)
         elif self.device.type == "cpu":
             self.runtime = InterpreterRuntime(*common)
         else:
             raise DeviceError(f"a kernel on {self.device} can be planned, not run; use a cuda or cpu device")
+
+    def _mailbox_words(self) -> int:
+        return MAILBOX_TOKENS.value + self.max_seq_len
 
     def launch(self, request: LaunchRequest) -> Iterator[int]:
         """Starts the kernel and yields the new tokens while it runs. One launch, whatever the number of tokens."""
@@ -671,19 +675,19 @@ def check_capability(device: torch.device) -> None:
         raise DeviceError(f"{name} has compute capability below {MIN_CAPABILITY}; use a newer GPU or device='cpu'")
 
 
-def _matrix(layer: str, weight: TensorHandle) -> tuple[int, int]:
+def matrix_dims(layer: str, weight: TensorHandle) -> tuple[int, int]:
     if len(weight.dims) != 2:
         raise ValueError(f"{layer}: {weight.name} must be a matrix [N, K], got {weight.dims}")
     return weight.dims
 
 
-def _check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
+def check_dims(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
     if tensor.dims != dims:
         raise ValueError(f"{layer}: {argument}={tensor.name} must have dims {dims}, got {tensor.dims}")
 
 
 def _check_symmetric(layer: str, tensor: TensorHandle, argument: str, dims: tuple[int, ...]) -> None:
-    _check_dims(layer, tensor, argument, dims)
+    check_dims(layer, tensor, argument, dims)
     if not tensor.symmetric:
         raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric: new_tensor(..., symmetric=True)")
 
@@ -695,6 +699,6 @@ def _check_parts(
     if not isinstance(parts, tuple) or len(parts) != 2 or len(parts[0].dims) != 3:
         raise ValueError(f"{layer}: {argument} must be what new_attention_parts returned, (parts, lse); got {parts}")
     num_splits, num_heads, dim = parts[0].dims
-    _check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim or dim))
-    _check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
+    check_dims(layer, parts[0], f"{argument}[0]", (num_splits, num_heads, head_dim or dim))
+    check_dims(layer, parts[1], f"{argument}[1]", (num_splits, num_heads))
     return num_heads

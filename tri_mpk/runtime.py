@@ -59,6 +59,11 @@ class LaunchRequest:
     sampling: Sampling = Sampling()  # needs a graph with sample_layer, unless it is greedy decoding
     logits: torch.Tensor | None = None  # [positions, V] fp32 for the logits of all positions; None: only the last
 
+    @classmethod
+    def of_batches(cls) -> LaunchRequest:
+        """A launch of a kernel with an advance_layer, which takes its requests from the rings while it runs."""
+        return cls(num_known=0, last_step=0)
+
 
 class Runtime:
     """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
@@ -69,7 +74,7 @@ class Runtime:
         self,
         program: Program,
         vocab_size: int,
-        max_new_tokens: int,
+        mailbox_words: int,
         wait_bound_s: float,
         ranks: Ranks | None = None,
     ):
@@ -79,7 +84,7 @@ class Runtime:
         self.failure = ""  # of the last launch, for other ranks
         self.vocab_size = vocab_size
         self.wait_bound_s = wait_bound_s
-        self.max_new_tokens = max_new_tokens
+        self.mailbox_words = mailbox_words
         self.source_path = write_source(program.source)
         self.shared_memory: SharedMemoryPlan | None = None
         self.next_epoch = 1
@@ -97,7 +102,7 @@ class Runtime:
         self.set_epoch(1)
         num_records = RECORDED_STEPS * self.step_records if self.program.constants.profile else 0
         self.control = self.empty((CONTROL_WORDS + num_records * timing.RECORD_WORDS.value,), torch.int64)
-        self.mailbox = self.host_empty(MAILBOX_TOKENS + self.max_new_tokens)
+        self.mailbox = self.host_empty(self.mailbox_words)
 
     def _allocate_heap(self) -> None:
         """What other ranks reach: first the counters, then the symmetric tensors, at the same places on all ranks."""
@@ -134,10 +139,24 @@ class Runtime:
         self.next_epoch = epoch
 
     def run(self, request: LaunchRequest) -> Iterator[int]:
-        """Launches once and yields the chosen tokens as they come.
+        """Launches once and yields the chosen tokens as they come; errors as in `launched`."""
+        mailbox = self.mailbox.numpy()
+        num_seen = 0
+        with self.launched(request):
+            while num_seen < mailbox[MAILBOX_NUM_TOKENS] or not self.finished():
+                if num_seen < mailbox[MAILBOX_NUM_TOKENS]:
+                    yield int(mailbox[MAILBOX_TOKENS + num_seen])
+                    num_seen += 1
+                else:
+                    time.sleep(50e-6)
+        yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
 
-        Raises MegakernelTimeout when a wait in the kernel exceeded its bound. On KeyboardInterrupt (or when the
-        iterator is closed) the kernel is asked to stop, and has stopped when this returns.
+    @contextlib.contextmanager
+    def launched(self, request: LaunchRequest) -> Iterator[None]:
+        """One launch, which has ended when this is left: if it has not by itself, it is asked to stop.
+
+        The mailbox is zero when the launch begins. Raises MegakernelTimeout when a wait in the kernel exceeded its
+        bound. On KeyboardInterrupt (or any other error) the kernel is asked to stop, too.
         """
         assert len(request.eos_token_ids) <= MAX_EOS, request.eos_token_ids
         if self.ranks is not None:
@@ -160,8 +179,8 @@ class Runtime:
             control[words.CONTROL_STEP_RECORDS.value] = self.step_records
         for i, token in enumerate(request.eos_token_ids, words.CONTROL_EOS.value):
             control[i] = token
-        for word, value in request.sampling.control_words().items():
-            control[word] = value
+        for i, word in enumerate(request.sampling.words(), words.CONTROL_CHOICE.value):
+            control[i] = word
         if request.sampling.penalises:
             seen = self.program.tensors["seen"].data
             known = self.program.tensors["tokens"].data.view(-1)[: request.num_known]
@@ -172,21 +191,13 @@ class Runtime:
         self.mailbox.zero_()
         self.num_launches += 1
         self.start(request)
-        mailbox = self.mailbox.numpy()
-        num_seen = 0
         try:
-            while num_seen < mailbox[MAILBOX_NUM_TOKENS] or not self.finished():
-                if num_seen < mailbox[MAILBOX_NUM_TOKENS]:
-                    yield int(mailbox[MAILBOX_TOKENS + num_seen])
-                    num_seen += 1
-                else:
-                    time.sleep(50e-6)
+            yield
         finally:
-            mailbox[MAILBOX_STOP] = 1
+            self.mailbox[MAILBOX_STOP] = 1
             while not self.finished():
                 time.sleep(50e-6)
             self._check_outcome()
-        yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
 
     def _meet(self, request: LaunchRequest) -> None:
         """All ranks are about to make the same launch, with counters that fit together."""
@@ -251,13 +262,13 @@ class CudaRuntime(Runtime):
         self,
         program: Program,
         vocab_size: int,
-        max_new_tokens: int,
+        mailbox_words: int,
         wait_bound_s: float,
         ranks: Ranks | None = None,
         *,
         cuda_device: torch.device,
     ):
-        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s, ranks)
+        super().__init__(program, vocab_size, mailbox_words, wait_bound_s, ranks)
         self.device = cuda_device
         self.arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8, device=cuda_device)
         self.arena_used = 0
@@ -367,11 +378,11 @@ class InterpreterRuntime(Runtime):
         self,
         program: Program,
         vocab_size: int,
-        max_new_tokens: int,
+        mailbox_words: int,
         wait_bound_s: float,
         ranks: Ranks | None = None,
     ):
-        super().__init__(program, vocab_size, max_new_tokens, wait_bound_s, ranks)
+        super().__init__(program, vocab_size, mailbox_words, wait_bound_s, ranks)
         self.device = torch.device("cpu")
         self.memory = SharedMemory()
         for tensor in program.tensors.values():

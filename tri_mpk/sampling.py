@@ -6,7 +6,6 @@ import struct
 from dataclasses import dataclass
 
 from tri_mpk.ops.sample import CHOOSE_AT_RANDOM, CHOOSE_BEST, CHOOSE_BEST_SCORE
-from tri_mpk.scheduler import device as words
 
 SMALLEST, LARGEST = 1e-37, 1e37  # that fp32 holds in full precision
 
@@ -42,19 +41,19 @@ class Sampling:
     def penalises(self) -> bool:
         return self.repetition_penalty != 1.0
 
-    def control_words(self) -> dict[int, int]:
-        """Words of the control block and their values."""
+    def words(self) -> list[int]:
+        """The words CHOICE_ of ops/sample.py, from CHOICE on."""
         best = CHOOSE_BEST_SCORE if self.penalises or self.logprobs else CHOOSE_BEST
         choice = CHOOSE_AT_RANDOM if self.do_sample else best
-        return {
-            words.CONTROL_CHOICE.value: choice.value,
-            words.CONTROL_SEED.value: self.seed - (self.seed >> 63 << 64),  # as int64
-            words.CONTROL_TEMPERATURE.value: _fp32_bits(self.temperature if self.do_sample else 1.0),
-            words.CONTROL_TOP_K.value: min(self.top_k, (1 << 31) - 1),
-            words.CONTROL_TOP_P.value: _fp32_bits(self.top_p),
-            words.CONTROL_MIN_P.value: _fp32_bits(self.min_p),
-            words.CONTROL_REPETITION_PENALTY.value: _fp32_bits(self.repetition_penalty),
-        }
+        return [
+            choice.value,
+            self.seed - (self.seed >> 63 << 64),  # as int64
+            _fp32_bits(self.temperature if self.do_sample else 1.0),
+            min(self.top_k, (1 << 31) - 1),
+            _fp32_bits(self.top_p),
+            _fp32_bits(self.min_p),
+            _fp32_bits(self.repetition_penalty),
+        ]
 
 
 def _is_integer(value: object) -> bool:

@@ -33,6 +33,12 @@ SUMS_ROWS = tl.constexpr(256)  # per warp
 SUMS_BYTES = tl.constexpr(16384)
 RING_OFFSET = tl.constexpr(19456)
 STREAM_BYTES = tl.constexpr(32)
+CHOICE_SEED = tl.constexpr(1)
+CHOICE_TEMPERATURE = tl.constexpr(2)
+CHOICE_TOP_K = tl.constexpr(3)  # 0: off
+CHOICE_TOP_P = tl.constexpr(4)  # 1.0: off
+CHOICE_MIN_P = tl.constexpr(5)  # 0.0: off
+CHOICE_REPETITION_PENALTY = tl.constexpr(6)  # 1.0: off
 CHOOSE_BEST = tl.constexpr(0)  # of what lm_head's tasks found
 CHOOSE_AT_RANDOM = tl.constexpr(2)
 SLOTS = tl.constexpr(512)
@@ -75,13 +81,7 @@ CONTROL_SHARED_BASE = tl.constexpr(14)  # shared memory from this byte on is our
 CONTROL_RING_SLOTS = tl.constexpr(15)  # slots of the weight ring
 CONTROL_EOS = tl.constexpr(16)  # 32 words
 CONTROL_FIRST_STEP = tl.constexpr(49)  # position of the first token to process
-CONTROL_CHOICE = tl.constexpr(50)  # how tokens are chosen, see ops/sample.py; numbers that are no integers as fp32 bits
-CONTROL_SEED = tl.constexpr(51)
-CONTROL_TEMPERATURE = tl.constexpr(52)
-CONTROL_TOP_K = tl.constexpr(53)  # 0: off
-CONTROL_TOP_P = tl.constexpr(54)  # 1.0: off
-CONTROL_MIN_P = tl.constexpr(55)  # 0.0: off
-CONTROL_REPETITION_PENALTY = tl.constexpr(56)  # 1.0: off
+CONTROL_CHOICE = tl.constexpr(50)  # how tokens are chosen: seven words, see ops/sample.py
 DESCRIPTOR_BYTES = tl.constexpr(256)
 
 
@@ -1880,8 +1880,8 @@ def finish_step(
 
 
 @triton.jit
-def control_float(control_ptr, word):
-    return tl.load(control_ptr + word).to(tl.int32).to(tl.float32, bitcast=True)
+def float_word(choice_ptr, word):
+    return tl.load(choice_ptr + word).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 # ---- ops/sampling.py ----
@@ -2253,18 +2253,18 @@ def best_score(scores_ptr, top, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: t
 
 @triton.jit
 def choose(
-    control_ptr, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
+    choice_ptr, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
     V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """The token for a position and its log-probability; -1 if no logit is a number."""
-    penalty = control_float(control_ptr, CONTROL_REPETITION_PENALTY)
-    temperature = control_float(control_ptr, CONTROL_TEMPERATURE)
+    """The token for a position and its log-probability; -1 if no logit is a number. `choice_ptr`: the words CHOICE_."""
+    penalty = float_word(choice_ptr, CHOICE_REPETITION_PENALTY)
+    temperature = float_word(choice_ptr, CHOICE_TEMPERATURE)
     best = write_scores(logits_ptr, seen_ptr, scores_ptr, penalty, temperature, V, TURN, PORTABLE)
     top = over_block(best, scratch_ptr, "max", PORTABLE)
     if choice == CHOOSE_AT_RANDOM:
-        uniform = tl.rand(tl.load(control_ptr + CONTROL_SEED), position)
-        top_k = tl.load(control_ptr + CONTROL_TOP_K).to(tl.int32)
-        top_p, min_p = control_float(control_ptr, CONTROL_TOP_P), control_float(control_ptr, CONTROL_MIN_P)
+        uniform = tl.rand(tl.load(choice_ptr + CHOICE_SEED), position)
+        top_k = tl.load(choice_ptr + CHOICE_TOP_K).to(tl.int32)
+        top_p, min_p = float_word(choice_ptr, CHOICE_TOP_P), float_word(choice_ptr, CHOICE_MIN_P)
         token, logprob = sample(
             scores_ptr, scratch_ptr, indices_ptr, best, top, uniform, top_k, top_p, min_p, V, TURN, PORTABLE
         )
@@ -2295,8 +2295,9 @@ def sample_tile(
     if (choice != CHOOSE_BEST) & (step + 1 >= num_known):
         row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
         chosen, logprob = choose(
-            control_ptr, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr, V, TURN, PORTABLE
-        )
+            control_ptr + CONTROL_CHOICE, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr,
+            V, TURN, PORTABLE,
+        )  # fmt: skip
         token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
         tl.store(logprobs_ptr + step + 1, logprob)
         tl.store(seen_ptr + token, 1)

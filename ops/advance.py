@@ -1,0 +1,482 @@
+"""The end of a step of many sequences: chosen tokens are delivered, requests come and go, and the next step is planned.
+
+chosen [S] int32, logprobs [S] fp32 read | requests, through rings in the host's memory, read and answered: see rings.py
+slots [SLOT_FIELDS, S] int32, counters [NUM_COUNTERS] int64, records [S, RECORD] int64, tokens [S, L] int32,
+free pages [num_pages] int32 read and written | the plan of the next step written
+A single task, vectors over the S slots. A slot is free, runs, or waits for pages. In this order:
+
+1. The chosen tokens are appended and reported; sequences that end here, or that were cancelled, free slot and pages.
+2. Those that wait run again if pages for all their tokens are there, oldest first; then new requests are taken in, if
+   no older one waits, a slot is free, and pages for the prompt are there, beside those that others will still need.
+3. The next step's T tokens are shared out: one for each sequence that decodes, then prompts, oldest first, in chunks.
+4. Each takes the pages that its tokens need. If there are too few, the youngest gives all of its pages back and waits:
+   it is recomputed later from its tokens so far. The oldest never waits, so there is always progress.
+
+Where results of a whole step do not fit the ring the next step is empty, and so on until the host has made room. With
+nothing to do steps are empty too, and look for requests; the last one ends the launch.
+Source: Orca (OSDI 2022), arXiv:2309.06180, 2308.16369.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.rings import (
+    END_BY_CANCEL,
+    END_OF_LENGTH,
+    END_OF_TEXT,
+    HOST_CANCELS,
+    HOST_REQUESTS,
+    HOST_RESULTS,
+    HOST_STOP,
+    KERNEL_REQUESTS,
+    KERNEL_RESULTS,
+    MAX_ENDS,
+    RECORD,
+    RECORD_CANCEL,
+    RECORD_ENDS,
+    RECORD_MAX_LENGTH,
+    RECORD_NUM_ENDS,
+    RECORD_PROMPT,
+    RECORD_PROMPT_LENGTH,
+    RESULT,
+    RESULT_REASON,
+    RESULT_TOKEN,
+    RINGS,
+    STOP_NOW,
+    STOP_WHEN_DONE,
+    acquire_word,
+    publish_word,
+)
+from tri_mpk.scheduler.device import CONTROL_LAST_EPOCH, CONTROL_STOP, signal, wait
+from tri_mpk.scheduler.graph import Task
+
+# Fields of a slot, each a row of `slots`.
+SLOT_STATUS = tl.constexpr(0)
+SLOT_TICKET = tl.constexpr(1)
+SLOT_LENGTH = tl.constexpr(2)  # tokens known: the prompt and those chosen so far
+SLOT_DONE = tl.constexpr(3)  # of them are processed when this step is over
+SLOT_MAX_LENGTH = tl.constexpr(4)
+SLOT_PAGES = tl.constexpr(5)  # that it holds: the first so many of its page table
+SLOT_ORDER = tl.constexpr(6)  # of its being taken in, modulo 2**32
+SLOT_NEW = tl.constexpr(7)  # taken in just before this step
+SLOT_FIELDS = tl.constexpr(8)
+FREE = tl.constexpr(0)
+RUNS = tl.constexpr(1)
+WAITS = tl.constexpr(2)  # it was preempted, and keeps its slot and its tokens
+
+# Words of `counters`.
+SEEN = tl.constexpr(0)  # four words: those that the host writes, as last seen
+NUM_CANCELS = tl.constexpr(4)  # so many cancelled requests there were when it was last looked who they are
+NUM_ADMITTED = tl.constexpr(5)  # requests that were taken in
+NUM_RESULTS = tl.constexpr(6)  # written
+NUM_FREE_PAGES = tl.constexpr(7)  # the first so many of `free pages`
+BLOCKED_NEED = tl.constexpr(8)  # pages that the next request lacked when it was last looked at
+LOOKS = tl.constexpr(9)  # whether this step reads the host's words
+NUM_STEPS = tl.constexpr(10)  # statistics: all steps, those with tokens, their tokens, preemptions
+NUM_BUSY_STEPS = tl.constexpr(11)
+NUM_TOKENS = tl.constexpr(12)
+NUM_PREEMPTIONS = tl.constexpr(13)
+NUM_COUNTERS = tl.constexpr(16)
+
+LOOK_INTERVAL = tl.constexpr(8)  # steps between two looks at the host's words while no slot is free
+
+
+@triton.jit
+def sum_of_earlier(values, keys):
+    """Of every slot the sum of `values` over all with a smaller key."""
+    return tl.sum(tl.where(keys[None, :] < keys[:, None], values[None, :], 0), axis=1)
+
+
+@triton.jit
+def give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The pages of a slot become free. With reference counts of shared pages, those that nobody else holds."""
+    places = tl.arange(0, BLOCK)
+    pages = tl.load(page_table_ptr + slot * STRIDE + places, mask=places < number, other=0)
+    tl.store(free_pages_ptr + num_free + places, pages, mask=places < number)
+    return num_free + number
+
+
+@triton.jit
+def report(
+    mailbox_ptr, num_results, records_ptr, tokens_ptr, chosen_ptr, logprobs_ptr,
+    slots, has_token, is_cancelled, ticket, length, max_length,
+    results, results_size, L: tl.constexpr,
+):  # fmt: skip
+    """Appends the chosen tokens and writes results. Returns why sequences end (0: they go on), and how many results."""
+    token = tl.load(chosen_ptr + slots, mask=has_token, other=-1)
+    logprob = tl.load(logprobs_ptr + slots, mask=has_token, other=0.0)
+    ends = tl.arange(0, MAX_ENDS)[None, :]
+    num_ends = tl.load(records_ptr + slots * RECORD + RECORD_NUM_ENDS, mask=has_token, other=0)
+    end = tl.load(records_ptr + slots[:, None] * RECORD + RECORD_ENDS + ends, mask=ends < num_ends[:, None], other=-1)
+    is_end = tl.max((end == token[:, None]).to(tl.int32), axis=1) > 0
+    tl.store(tokens_ptr + slots.to(tl.int64) * L + length, token, mask=has_token)
+    reason = tl.where(has_token & (length + 1 >= max_length), END_OF_LENGTH, 0)
+    reason = tl.where(has_token & is_end, END_OF_TEXT, reason)
+    reason = tl.where(is_cancelled & (reason == 0), END_BY_CANCEL, reason)
+    is_result = (has_token | (reason > 0)).to(tl.int32)
+    place = (num_results + tl.cumsum(is_result, axis=0) - is_result) & (results_size - 1)
+    first = ticket.to(tl.int64) | (reason.to(tl.int64) << RESULT_REASON)
+    first |= tl.where(has_token, RESULT_TOKEN, 0)
+    second = (token.to(tl.int64) & 0xFFFFFFFF) | (logprob.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+    tl.store(mailbox_ptr + results + place * RESULT, first, mask=is_result > 0)
+    tl.store(mailbox_ptr + results + place * RESULT + 1, second, mask=is_result > 0)
+    return reason, tl.sum(is_result, axis=0)
+
+
+@triton.jit
+def take_in(
+    mailbox_ptr, records_ptr, tokens_ptr, num_admitted, slot, available,
+    records, prompts, tickets_size, prompts_size, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Copies the next request to a slot, if pages for its prompt are available; so many it needs."""
+    ticket = tl.load(mailbox_ptr + RINGS + (num_admitted & (tickets_size - 1)), volatile=True)
+    words = tl.arange(0, RECORD)
+    record = tl.load(mailbox_ptr + records + ticket * RECORD + words, volatile=True)
+    prompt = tl.sum(tl.where(words == RECORD_PROMPT, record, 0), axis=0)
+    length = tl.sum(tl.where(words == RECORD_PROMPT_LENGTH, record, 0), axis=0).to(tl.int32)
+    max_length = tl.sum(tl.where(words == RECORD_MAX_LENGTH, record, 0), axis=0).to(tl.int32)
+    is_cancelled = tl.sum(tl.where(words == RECORD_CANCEL, record, 0), axis=0) != 0
+    need = (length + PAGE_SIZE - 1) // PAGE_SIZE
+    fits = need <= available
+    tl.store(records_ptr + slot * RECORD + words, record, mask=fits & (words < RECORD))
+    for first in tl.range(0, tl.where(fits, length, 0), 1024, num_stages=1):
+        place = first + tl.arange(0, 1024)
+        at = (prompt + place) & (prompts_size - 1)
+        token = tl.load(mailbox_ptr + prompts + at, mask=place < length, other=0, volatile=True)
+        tl.store(tokens_ptr + slot.to(tl.int64) * L + place, token.to(tl.int32), mask=place < length)
+    return ticket.to(tl.int32), length, max_length, is_cancelled, need, fits
+
+
+@triton.jit
+def write_plan(
+    num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
+    first_token_ptr, sequence_tokens_ptr, output_token_ptr, tokens_ptr,
+    slots, is_slot, share, begin, length, L: tl.constexpr,
+):  # fmt: skip
+    """The plan of a step in which every slot has its share of tokens, from position `begin` on."""
+    first = tl.cumsum(share, axis=0) - share
+    tl.store(num_tokens_ptr, tl.sum(share, axis=0))
+    tl.store(first_token_ptr + slots, first, mask=is_slot)
+    tl.store(sequence_tokens_ptr + slots, share, mask=is_slot)
+    is_last = (share > 0) & (begin + share == length)
+    tl.store(output_token_ptr + slots, tl.where(is_last, first + share - 1, -1), mask=is_slot)
+    token = tl.load(tokens_ptr + slots.to(tl.int64) * L + begin, mask=share > 0, other=0)
+    tl.store(token_ids_ptr + first, token, mask=share > 0)
+    tl.store(token_positions_ptr + first, begin, mask=share > 0)
+    tl.store(token_sequences_ptr + first, slots, mask=share > 0)
+    is_chunk = share > 1  # the rest of them one after another: chunks are few
+    for _ in tl.range(0, tl.sum(is_chunk.to(tl.int32), axis=0), num_stages=1):
+        slot = tl.max(tl.where(is_chunk, slots, -1), axis=0)
+        is_this = slots == slot
+        is_chunk = is_chunk & (slots != slot)
+        number = tl.sum(tl.where(is_this, share, 0), axis=0)
+        at = tl.sum(tl.where(is_this, first, 0), axis=0)
+        position = tl.sum(tl.where(is_this, begin, 0), axis=0)
+        for done in tl.range(1, number, 512, num_stages=1):
+            i = done + tl.arange(0, 512)
+            rest = tl.load(tokens_ptr + slot.to(tl.int64) * L + position + i, mask=i < number, other=0)
+            tl.store(token_ids_ptr + at + i, rest, mask=i < number)
+            tl.store(token_positions_ptr + at + i, position + i, mask=i < number)
+            tl.store(token_sequences_ptr + at + i, slot + tl.zeros([512], tl.int32), mask=i < number)
+
+
+@triton.jit
+def advance_requests(
+    control_ptr, mailbox_ptr, epoch, host,
+    num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
+    first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
+    chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
+    tickets_size, results_size, prompts_size,
+    S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """`host`: the words HOST_STOP to HOST_CANCELS, read earlier, if this step looks at them."""
+    MAX_PAGES: tl.constexpr = (L + PAGE_SIZE - 1) // PAGE_SIZE
+    slots = tl.arange(0, BLOCK_S)
+    is_slot = slots < S
+    status = tl.load(slots_ptr + SLOT_STATUS * S + slots, mask=is_slot, other=FREE)
+    ticket = tl.load(slots_ptr + SLOT_TICKET * S + slots, mask=is_slot, other=0)
+    length = tl.load(slots_ptr + SLOT_LENGTH * S + slots, mask=is_slot, other=0)
+    done = tl.load(slots_ptr + SLOT_DONE * S + slots, mask=is_slot, other=0)
+    max_length = tl.load(slots_ptr + SLOT_MAX_LENGTH * S + slots, mask=is_slot, other=0)
+    num_pages = tl.load(slots_ptr + SLOT_PAGES * S + slots, mask=is_slot, other=0)
+    order = tl.load(slots_ptr + SLOT_ORDER * S + slots, mask=is_slot, other=0)
+    output = tl.load(output_token_ptr + slots, mask=is_slot, other=-1)
+    num_cancels = tl.load(counters_ptr + NUM_CANCELS)
+    num_admitted = tl.load(counters_ptr + NUM_ADMITTED)
+    num_results = tl.load(counters_ptr + NUM_RESULTS)
+    num_free = tl.load(counters_ptr + NUM_FREE_PAGES).to(tl.int32)
+    blocked_need = tl.load(counters_ptr + BLOCKED_NEED).to(tl.int32)
+    # Each warp has read the host's words for itself, and perhaps other ones: all must go on with the same.
+    looks = tl.load(counters_ptr + LOOKS) != 0
+    tl.store(counters_ptr + SEEN + tl.arange(0, 4), host, mask=looks & (tl.arange(0, 4) < 4))
+    tl.debug_barrier()
+    stop = tl.load(counters_ptr + SEEN + HOST_STOP)
+    num_requests = tl.load(counters_ptr + SEEN + HOST_REQUESTS)
+    num_taken = tl.load(counters_ptr + SEEN + HOST_RESULTS)
+    all_cancels = tl.load(counters_ptr + SEEN + HOST_CANCELS)
+    records = RINGS + tickets_size
+    results = records + tickets_size * RECORD
+    prompts = results + results_size * RESULT
+
+    # 1. what was chosen, and who ends
+    has_room = results_size - (num_results - num_taken) >= S  # it has where there are tokens
+    is_cancelled = slots < 0
+    if (all_cancels != num_cancels) & has_room:
+        acquire_word(mailbox_ptr + HOST_CANCELS, PORTABLE)
+        flags_ptr = mailbox_ptr + records + ticket * RECORD + RECORD_CANCEL
+        flags = tl.load(flags_ptr, mask=status != FREE, other=0, volatile=True)
+        flags_ptr = records_ptr + slots * RECORD + RECORD_CANCEL  # for the same reason
+        tl.store(flags_ptr, flags, mask=status != FREE)
+        tl.debug_barrier()
+        is_cancelled = tl.load(flags_ptr, mask=status != FREE, other=0) != 0
+        num_cancels = all_cancels
+    has_token = output >= 0
+    reason, num_new = report(
+        mailbox_ptr, num_results, records_ptr, tokens_ptr, chosen_ptr, logprobs_ptr,
+        slots, has_token, is_cancelled, ticket, length, max_length, results, results_size, L,
+    )  # fmt: skip
+    if num_new > 0:
+        num_results += num_new
+        publish_word(mailbox_ptr + KERNEL_RESULTS, num_results, PORTABLE)
+    length += has_token.to(tl.int32)
+    leaves = reason > 0
+    status = tl.where(leaves, FREE, status)
+    for _ in tl.range(0, tl.sum(leaves.to(tl.int32), axis=0), num_stages=1):
+        slot = tl.max(tl.where(leaves, slots, -1), axis=0)
+        number = tl.sum(tl.where(slots == slot, num_pages, 0), axis=0)
+        num_free = give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
+        leaves = leaves & (slots != slot)
+    num_pages = tl.where(status == FREE, 0, num_pages)
+
+    # 2. who runs
+    age = order - num_admitted.to(tl.int32)  # below zero, and greater for younger ones; wrap-around is harmless
+    all_pages = (length + PAGE_SIZE - 1) // PAGE_SIZE
+    available = num_free - tl.sum(tl.where(status == RUNS, tl.maximum(all_pages - num_pages, 0), 0), axis=0)
+    wanted = tl.where(status == WAITS, all_pages, 0)
+    resumes = (status == WAITS) & (sum_of_earlier(wanted, age) + wanted <= available)
+    available -= tl.sum(tl.where(resumes, wanted, 0), axis=0)
+    status = tl.where(resumes, RUNS, status)
+    num_unused = tl.sum((is_slot & (status == FREE)).to(tl.int32), axis=0)
+    num_unused = tl.where(tl.sum((status == WAITS).to(tl.int32), axis=0) > 0, 0, num_unused)
+    is_new = tl.zeros([BLOCK_S], tl.int32)
+    was_admitted = num_admitted
+    if (num_admitted != num_requests) & (num_unused > 0) & (blocked_need <= available):
+        acquire_word(mailbox_ptr + HOST_REQUESTS, PORTABLE)
+        blocked_need = 0
+        while (num_admitted != num_requests) & (num_unused > 0) & (blocked_need == 0):
+            slot = tl.min(tl.where(is_slot & (status == FREE), slots, BLOCK_S), axis=0)
+            its_ticket, its_length, its_max_length, cancelled, need, fits = take_in(
+                mailbox_ptr, records_ptr, tokens_ptr, num_admitted, slot, available,
+                records, prompts, tickets_size, prompts_size, L, PAGE_SIZE,
+            )  # fmt: skip
+            is_this = (slots == slot) & fits
+            status = tl.where(is_this, RUNS, status)
+            ticket = tl.where(is_this, its_ticket, ticket)
+            length = tl.where(is_this, its_length, length)
+            max_length = tl.where(is_this, its_max_length, max_length)
+            done = tl.where(is_this, 0, done)
+            order = tl.where(is_this, num_admitted.to(tl.int32), order)
+            is_new = tl.where(is_this, 1, is_new)
+            # one that was cancelled already ends where cancelled ones are looked for next
+            num_cancels = tl.where(fits & cancelled, -1, num_cancels)
+            blocked_need = tl.where(fits, 0, need)
+            available -= tl.where(fits, need, 0)
+            num_admitted += fits.to(tl.int64)
+            num_unused -= fits.to(tl.int32)
+        if num_admitted != was_admitted:
+            publish_word(mailbox_ptr + KERNEL_REQUESTS, num_admitted, PORTABLE)
+
+    # 3. tokens of the next step
+    age = order - num_admitted.to(tl.int32)
+    left = tl.where(status == RUNS, length - done, 0)
+    key = tl.where(left == 1, age - (1 << 30), age)
+    has_room = results_size - (num_results - num_taken) >= S
+    limit = tl.where(has_room, T, 0)
+    share = tl.minimum(left, tl.maximum(limit - sum_of_earlier(left, key), 0))
+
+    # 4. their pages
+    need = tl.where(share > 0, (done + share + PAGE_SIZE - 1) // PAGE_SIZE - num_pages, 0)
+    num_preempted = 0
+    while tl.sum(need, axis=0) > num_free:
+        youngest = tl.max(tl.where(status == RUNS, age, -0x7FFFFFFF), axis=0)
+        is_this = (status == RUNS) & (age == youngest)
+        slot = tl.max(tl.where(is_this, slots, -1), axis=0)
+        number = tl.sum(tl.where(is_this, num_pages, 0), axis=0)
+        num_free = give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
+        status = tl.where(is_this, WAITS, status)
+        done = tl.where(is_this, 0, done)
+        share = tl.where(is_this, 0, share)
+        need = tl.where(is_this, 0, need)
+        num_pages = tl.where(is_this, 0, num_pages)
+        num_preempted += 1
+    tl.debug_barrier()  # pages that were given back, tokens that were appended
+    last = num_free - 1 - (tl.cumsum(need, axis=0) - need)
+    for i in tl.range(0, tl.max(need, axis=0), num_stages=1):
+        page = tl.load(free_pages_ptr + last - i, mask=i < need, other=0)
+        tl.store(page_table_ptr + slots * MAX_PAGES + num_pages + i, page, mask=i < need)
+    num_free -= tl.sum(need, axis=0)
+    num_pages += need
+
+    write_plan(
+        num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
+        first_token_ptr, sequence_tokens_ptr, output_token_ptr, tokens_ptr,
+        slots, is_slot, share, done, length, L,
+    )  # fmt: skip
+    tl.store(slots_ptr + SLOT_STATUS * S + slots, status, mask=is_slot)
+    tl.store(slots_ptr + SLOT_TICKET * S + slots, ticket, mask=is_slot)
+    tl.store(slots_ptr + SLOT_LENGTH * S + slots, length, mask=is_slot)
+    tl.store(slots_ptr + SLOT_DONE * S + slots, done + share, mask=is_slot)
+    tl.store(slots_ptr + SLOT_MAX_LENGTH * S + slots, max_length, mask=is_slot)
+    tl.store(slots_ptr + SLOT_PAGES * S + slots, num_pages, mask=is_slot)
+    tl.store(slots_ptr + SLOT_ORDER * S + slots, order, mask=is_slot)
+    tl.store(slots_ptr + SLOT_NEW * S + slots, is_new, mask=is_slot)
+    num_live = tl.sum((status != FREE).to(tl.int32), axis=0)
+    num_steps = tl.load(counters_ptr + NUM_STEPS)
+    num_shared = tl.sum(share, axis=0)
+    looks_next = (num_live < S) | (num_shared == 0) | (num_steps % LOOK_INTERVAL == 0)
+    tl.store(counters_ptr + NUM_CANCELS, num_cancels)
+    tl.store(counters_ptr + NUM_ADMITTED, num_admitted)
+    tl.store(counters_ptr + NUM_RESULTS, num_results)
+    tl.store(counters_ptr + NUM_FREE_PAGES, num_free.to(tl.int64))
+    tl.store(counters_ptr + BLOCKED_NEED, blocked_need.to(tl.int64))
+    tl.store(counters_ptr + LOOKS, looks_next.to(tl.int64))
+    tl.store(counters_ptr + NUM_STEPS, num_steps + 1)
+    tl.store(counters_ptr + NUM_BUSY_STEPS, tl.load(counters_ptr + NUM_BUSY_STEPS) + (num_shared > 0).to(tl.int64))
+    tl.store(counters_ptr + NUM_TOKENS, tl.load(counters_ptr + NUM_TOKENS) + num_shared)
+    tl.store(counters_ptr + NUM_PREEMPTIONS, tl.load(counters_ptr + NUM_PREEMPTIONS) + num_preempted)
+    is_over = stop == STOP_NOW
+    if (stop == STOP_WHEN_DONE) & (num_live == 0) & (num_admitted == num_requests):
+        acquire_word(mailbox_ptr + HOST_STOP, PORTABLE)  # the words were read together: one may be older than the other
+        is_over = tl.load(mailbox_ptr + HOST_REQUESTS, volatile=True) == num_admitted
+    tl.store(control_ptr + CONTROL_STOP, is_over.to(tl.int64))
+    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+
+
+@triton.jit
+def advance_tile(
+    task, event_ptr, control_ptr, mailbox_ptr, epoch,
+    num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,  # out: the plan
+    first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
+    chosen_ptr, logprobs_ptr,  # in
+    slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,  # in and out
+    tickets_size, results_size, prompts_size,
+    S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    looks = tl.load(counters_ptr + LOOKS) != 0  # as the last step left it
+    # a journey over the bus, during the wait
+    host = tl.load(mailbox_ptr + tl.arange(0, 4), mask=looks & (tl.arange(0, 4) < 4), other=0, volatile=True)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    advance_requests(
+        control_ptr, mailbox_ptr, epoch, host,
+        num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
+        first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
+        chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
+        tickets_size, results_size, prompts_size,
+        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, PORTABLE,
+    )  # fmt: skip
+    signal(task, event_ptr, PORTABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class RingSizes:
+    """Places of the rings, powers of 2."""
+
+    tickets: int
+    results: int
+    prompts: int  # tokens
+
+    def __post_init__(self) -> None:
+        for name in ("tickets", "results", "prompts"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"a ring of {size} {name} is not supported; choose a power of 2")
+
+    @property
+    def records_at(self) -> int:
+        return RINGS.value + self.tickets
+
+    @property
+    def results_at(self) -> int:
+        return self.records_at + self.tickets * RECORD.value
+
+    @property
+    def prompts_at(self) -> int:
+        return self.results_at + self.results * RESULT.value
+
+    @property
+    def num_words(self) -> int:
+        return self.prompts_at + self.prompts
+
+
+def cut_advance(
+    machine: Machine,
+    *,
+    num_tokens: TensorHandle,
+    token_ids: TensorHandle,
+    token_positions: TensorHandle,
+    token_sequences: TensorHandle,
+    first_token: TensorHandle,
+    sequence_tokens: TensorHandle,
+    output_token: TensorHandle,
+    page_table: TensorHandle,
+    chosen: TensorHandle,
+    logprobs: TensorHandle,
+    slots: TensorHandle,
+    counters: TensorHandle,
+    records: TensorHandle,
+    tokens: TensorHandle,
+    free_pages: TensorHandle,
+    rings: RingSizes,
+    page_size: int,
+    grid_dim: int | None = None,
+) -> Cut:
+    if grid_dim not in (None, 1):
+        raise ValueError(f"advance has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    num_slots, length = tokens.dims
+    reads = {"chosen_ptr": chosen, "logprobs_ptr": logprobs}
+    plan = {
+        "num_tokens_ptr": num_tokens, "token_ids_ptr": token_ids, "token_positions_ptr": token_positions,
+        "token_sequences_ptr": token_sequences, "first_token_ptr": first_token,
+        "sequence_tokens_ptr": sequence_tokens, "output_token_ptr": output_token, "page_table_ptr": page_table,
+    }  # fmt: skip
+    state = {
+        "slots_ptr": slots, "counters_ptr": counters, "records_ptr": records, "tokens_ptr": tokens,
+        "free_pages_ptr": free_pages,
+    }  # fmt: skip
+    constants = {
+        "S": num_slots, "T": token_ids.numel, "L": length, "PAGE_SIZE": page_size,
+        "BLOCK_S": next_power_of_2(max(num_slots, 2)), "BLOCK_PAGES": next_power_of_2(max(page_table.dims[1], 2)),
+    }  # fmt: skip
+    cut = Cut(constants, reads | plan | state)
+    sizes = {"tickets_size": rings.tickets, "results_size": rings.results, "prompts_size": rings.prompts}
+    cut.tasks.append(
+        Task(
+            op=0,
+            tile=(0,),
+            reads=tuple(tensor.whole() for tensor in (reads | plan | state).values()),
+            writes=tuple(tensor.whole() for tensor in (plan | state).values()),
+            cost_bytes=64 * num_slots,
+            fields=cut.addresses() | sizes,
+        )
+    )
+    return cut
+
+
+def advance_torch(length: torch.Tensor, done: torch.Tensor, order: torch.Tensor, max_tokens: int) -> torch.Tensor:
+    """How many tokens each sequence has in a step, where pages are no matter."""
+    left = (length - done).tolist()
+    share = torch.zeros_like(length)
+    for slot in sorted(range(len(left)), key=lambda s: (left[s] > 1, int(order[s]))):
+        share[slot] = min(left[slot], max_tokens - int(share.sum()))
+    return share
+
+
+ADVANCE = Op("advance", advance_tile, cut_advance, advance_torch, ends_step=True)

@@ -1,0 +1,115 @@
+"""RMSNorm, gate, up and SiLU, of many tokens: h = silu(Wg @ rmsnorm(x)) * (Wu @ rmsnorm(x)).
+
+num tokens [1] read | xb [T, K] = x * gain read | squares [num_parts, T] fp32 read | Wg, Wu [N, K] read
+h [T, N] written
+A tile of weights has half of its rows from each matrix, so both products share one reading of the activations.
+One task = equal consecutive rows of both matrices, of all tokens. Source: arXiv:2002.05202; transformers LlamaMLP.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    of_block,
+    segment,
+    token_blocks,
+    token_rstd,
+)
+from tri_mpk.ops.batch_linear import batch_linear_torch
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def batch_gated_linear_tile(
+    task, event_ptr, control_ptr, epoch,
+    num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
+    row0, num_rows,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    num_tokens = tl.load(num_tokens_ptr)
+    HALF: tl.constexpr = ROWS // 2
+    block_rows = even_block(num_rows, HALF)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    tokens = all_tokens(BLOCKS)
+    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
+    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
+        left = tl.minimum(block_rows, num_rows - done)
+        row = row0 + done + tl.arange(0, HALF)
+        is_row = tl.arange(0, HALF) < left
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
+            token = first + tl.arange(0, TOKENS)
+            is_token = token < num_tokens
+            y = multiply_rows(
+                gate_ptr, up_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
+                K, True, False, SEGMENT,
+            )  # fmt: skip
+            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
+            gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))
+            h = gate / (1.0 + tl.exp(-gate)) * up
+            at = h_ptr + token[None, :] * N + row[:, None]
+            tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    signal(task, event_ptr, PORTABLE)
+
+
+def cut_batch_gated_linear(
+    machine: Machine,
+    *,
+    num_tokens: TensorHandle,
+    input: TensorHandle,
+    squares: TensorHandle,
+    weight_gate: TensorHandle,
+    weight_up: TensorHandle,
+    output: TensorHandle,
+    eps: float,
+    grid_dim: int | None = None,
+) -> Cut:
+    num_rows, k = weight_gate.dims
+    num_parts, max_tokens = squares.dims
+    cut = Cut(
+        {
+            "N": num_rows, "K": k, "EPS": eps,
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
+            "SEGMENT": segment(weight_gate),
+        },
+        {
+            "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,
+            "gate_ptr": weight_gate, "up_ptr": weight_up, "h_ptr": output,
+        },
+    )  # fmt: skip
+    whole = (num_tokens.whole(), input.columns(0, k), squares.box((0, num_parts), (0, max_tokens)))
+    addresses = cut.addresses()
+    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
+        cut.tasks.append(
+            Task(
+                op=0,
+                tile=(i,),
+                reads=(*whole, weight_gate.span(lo * k, hi * k), weight_up.span(lo * k, hi * k)),
+                writes=(output.columns(lo, hi),),
+                cost_bytes=2 * (hi - lo) * k * weight_gate.dtype.itemsize,
+                fields=addresses | {"row0": lo, "num_rows": hi - lo},
+            )
+        )
+    return cut
+
+
+def batch_gated_linear_torch(
+    xb: torch.Tensor, squares: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return torch.nn.functional.silu(batch_linear_torch(xb, squares, gate, eps)) * batch_linear_torch(
+        xb, squares, up, eps
+    )
+
+
+BATCH_GATED_LINEAR = Op("batch_gated_linear", batch_gated_linear_tile, cut_batch_gated_linear, batch_gated_linear_torch)

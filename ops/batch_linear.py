@@ -1,0 +1,117 @@
+"""RMSNorm and a matrix, of many tokens: y = W @ rmsnorm(x) (+ bias).
+
+num tokens [1] read | xb [T, K] = x * gain read | squares [num_parts, T] fp32 read | W [N, K] read | bias [N] read
+y [T, N] written
+The norm's scale rsqrt(mean(x^2) + eps) is a factor of each token's sums, so xb needs none of it.
+One task = consecutive rows, of all tokens. Source: arXiv:1910.07467; transformers LlamaDecoderLayer, nn.Linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.batch_gemm import (
+    ROWS,
+    TOKENS,
+    all_tokens,
+    even_block,
+    multiply_rows,
+    of_block,
+    segment,
+    token_blocks,
+    token_rstd,
+)
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def batch_linear_tile(
+    task, event_ptr, control_ptr, epoch,
+    num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
+    row0, num_rows,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SEGMENT: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    num_tokens = tl.load(num_tokens_ptr)
+    block_rows = even_block(num_rows, ROWS)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    tokens = all_tokens(BLOCKS)
+    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
+    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
+        left = tl.minimum(block_rows, num_rows - done)
+        row = row0 + done + tl.arange(0, ROWS)
+        is_row = tl.arange(0, ROWS) < left
+        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
+            token = first + tl.arange(0, TOKENS)
+            is_token = token < num_tokens
+            y = multiply_rows(
+                weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
+                K, False, False, SEGMENT,
+            )  # fmt: skip
+            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+            at = y_ptr + token[None, :] * N + row[:, None]
+            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    signal(task, event_ptr, PORTABLE)
+
+
+def cut_batch_linear(
+    machine: Machine,
+    *,
+    num_tokens: TensorHandle,
+    input: TensorHandle,
+    squares: TensorHandle,
+    weight: TensorHandle,
+    output: TensorHandle,
+    eps: float,
+    bias: TensorHandle | None = None,
+    grid_dim: int | None = None,
+) -> Cut:
+    num_rows, k = weight.dims
+    num_parts, max_tokens = squares.dims
+    cut = Cut(
+        {
+            "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
+            "SEGMENT": segment(weight),
+        },
+        {
+            "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,
+            "bias_ptr": bias or squares, "y_ptr": output,
+        },
+    )  # fmt: skip
+    whole = (num_tokens.whole(), input.columns(0, k), squares.box((0, num_parts), (0, max_tokens)))
+    addresses = cut.addresses()
+    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
+        cut.tasks.append(
+            Task(
+                op=0,
+                tile=(i,),
+                reads=(*whole, weight.span(lo * k, hi * k)) + ((bias.span(lo, hi),) if bias else ()),
+                writes=(output.columns(lo, hi),),
+                cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
+                fields=addresses | {"row0": lo, "num_rows": hi - lo},
+            )
+        )
+    return cut
+
+
+def scale_torch(squares: torch.Tensor, size: int, eps: float) -> torch.Tensor:
+    """The norm's scale of tokens [T, 1], from the parts [num_parts, T] of their sums of squares."""
+    return torch.rsqrt(squares.sum(0) / size + eps)[:, None]
+
+
+def batch_linear_torch(
+    xb: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    y = xb.float() @ weight.float().T * scale_torch(squares, weight.shape[1], eps)
+    return y if bias is None else y + bias.float()
+
+
+BATCH_LINEAR = Op("batch_linear", batch_linear_tile, cut_batch_linear, batch_linear_torch)

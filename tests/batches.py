@@ -1,0 +1,100 @@
+"""Tiny decoders that process many tokens in a step, driven by the host one step at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from decoders import tiny_config, transformers_model
+from one_step import ONE_STEP
+from tri_mpk.batch_kernel import BatchKernel
+from tri_mpk.models import describe
+from tri_mpk.models.batch_decoder import build_batch
+from tri_mpk.runtime import LaunchRequest
+
+PAGE_SIZE = 64
+
+
+class BatchDecoder:
+    """Steps of a BatchKernel whose plans the host writes. `steps` of it may follow each other."""
+
+    def __init__(
+        self,
+        family: str = "llama",
+        *,
+        max_batch_size: int = 4,
+        max_tokens_per_step: int = 16,
+        max_seq_len: int = 64,
+        num_workers: int = 2,
+        policy: str = "static",
+        **changes: object,
+    ):
+        self.theirs: PreTrainedModel = transformers_model(tiny_config(family, **changes))
+        model = copy.deepcopy(self.theirs)
+        step, tokens = torch.zeros(1, dtype=torch.int32), torch.zeros(max_seq_len, dtype=torch.int64)
+        self.kernel = BatchKernel(
+            num_workers=num_workers, meta_tensors=[step, tokens], wait_bound_s=30.0, policy=policy,
+            max_batch_size=max_batch_size, max_tokens_per_step=max_tokens_per_step,
+        )  # fmt: skip
+        self.output = build_batch(self.kernel, describe(model.config, max_seq_len), model, PAGE_SIZE, progress=False)
+        handle = self.output.logits
+        self.kernel.op_layer(
+            ONE_STEP, options={"reads": (handle.columns(0, handle.dims[1]),)}, after=handle, label="end"
+        )
+        self.lengths = [0] * max_batch_size  # tokens of each sequence in the cache
+        self.texts: list[list[int]] = [[] for _ in range(max_batch_size)]
+
+    def compile(self) -> None:
+        if self.kernel.runtime is None:
+            self.kernel.compile()
+            for handle in self.kernel.tensors.values():  # what no step has written must not matter
+                if handle.name.endswith("_cache") or handle.data.is_floating_point() and handle.name in self.new_names:
+                    handle.data.fill_(float("nan"))
+
+    @property
+    def new_names(self) -> set[str]:
+        """Of tensors that the kernel allocates."""
+        fixed = ("x", "qkv", "q", "parts", "attention", "hidden", "logits", "best_value")
+        return {name for name in self.kernel.tensors if name.split(".")[0] in fixed}
+
+    def fill_plan(self, work: dict[int, list[int]], silent: tuple[int, ...] = ()) -> None:
+        plan = self.output.plan
+        tensors = {name: getattr(plan, name).data for name in plan.__slots__}
+        for name in ("token_ids", "token_positions", "token_sequences", "first_token"):
+            tensors[name].fill_(1 << 20)  # what is not part of the plan must not matter
+        tensors["sequence_tokens"].zero_()
+        tensors["output_token"].fill_(-1)
+        at = 0
+        for sequence, ids in work.items():
+            tensors["first_token"][sequence] = at
+            tensors["sequence_tokens"][sequence] = len(ids)
+            for i, token in enumerate(ids):
+                tensors["token_ids"][at] = token
+                tensors["token_positions"][at] = self.lengths[sequence] + i
+                tensors["token_sequences"][at] = sequence
+                at += 1
+            if sequence not in silent:
+                tensors["output_token"][sequence] = at - 1
+            self.lengths[sequence] += len(ids)
+            self.texts[sequence] += ids
+        tensors["num_tokens"].fill_(at)
+
+    def step(self, work: dict[int, list[int]], silent: tuple[int, ...] = ()) -> torch.Tensor:
+        """One step in which sequences get these tokens, in this order. Logits [S, V]; NaN rows of those without.
+
+        Sequences in `silent` choose no token: their prompt goes on.
+        """
+        self.compile()
+        self.fill_plan(work, silent)
+        for handle in (self.output.logits, self.output.best_value):
+            handle.data.fill_(float("nan"))
+        self.output.best_index.data.fill_(-1)
+        assert list(self.kernel.runtime.run(LaunchRequest(1 << 20, 0))) == []
+        return self.output.logits.data.clone()
+
+    def expected(self, sequence: int) -> torch.Tensor:
+        """Logits [V] of transformers after all that a sequence has been given."""
+        with torch.no_grad():
+            return self.theirs(torch.tensor([self.texts[sequence]])).logits[0, -1]
