@@ -42,7 +42,10 @@ __all__ = [
 ]
 
 ATTENTIONS = ("sdpa", "split")
-BATCH_ATTENTIONS = ("split", "rows")  # torch expands k and v of all heads for "sdpa", which costs more the more there are
+BATCH_ATTENTIONS = (
+    "split",
+    "rows",
+)  # torch expands k and v of all heads for "sdpa", which costs more the more there are
 SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
 
 

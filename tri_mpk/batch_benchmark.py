@@ -60,7 +60,10 @@ OVERHEAD = ("items", "advance sample", "advance")  # ops of a step that are ther
 
 
 def place_sequences(
-    kernel: BatchKernel, lengths: Sequence[int], num_steps: int, sampling: Sampling = Sampling()  # noqa: B008
+    kernel: BatchKernel,
+    lengths: Sequence[int],
+    num_steps: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
 ) -> None:
     """Before a launch: as if requests had come and all their tokens but the last had been processed.
 
@@ -145,7 +148,10 @@ def launch_placed(kernel: BatchKernel) -> list[Result]:
 
 
 def decode_batch(
-    model: CausalLM, lengths: Sequence[int], num_steps: int, sampling: Sampling = Sampling()  # noqa: B008
+    model: CausalLM,
+    lengths: Sequence[int],
+    num_steps: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
 ) -> float:
     """ms per step of one launch in which these sequences decode `num_steps` tokens each.
 
@@ -163,7 +169,11 @@ def decode_batch(
 
 
 def measure_decode(
-    model: CausalLM, lengths: Sequence[int], num_steps: int, launches: int, sampling: Sampling = Sampling()  # noqa: B008
+    model: CausalLM,
+    lengths: Sequence[int],
+    num_steps: int,
+    launches: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
 ) -> dict[str, float]:
     """p20, p50 and p80 of ms per step over many launches. The lengths are passed half-way through a launch."""
     begin = [max(1, length - num_steps // 2) for length in lengths]

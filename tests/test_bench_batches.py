@@ -1,0 +1,236 @@
+"""bench/batches.py and `run_batch_bench`: everything but the times, on CPU workers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from decoders import tiny_config, transformers_model
+from test_aot import clean_environment
+from tri_mpk import batch_benchmark
+from tri_mpk.baseline import measure_batches
+from tri_mpk.batch_benchmark import (
+    SAMPLED,
+    Distances,
+    batch_logits,
+    check_batch,
+    compile_count,
+    decode_batch,
+    empty_step_ms,
+    launch_placed,
+    pages_of,
+    place_sequences,
+    run_batch_bench,
+)
+from tri_mpk.benchmark import fill_cache
+from tri_mpk.errors import DeviceError
+from tri_mpk.loading import from_model
+from tri_mpk.ops import advance
+from tri_mpk.runtime import InterpreterRuntime
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+TINY = {"max_position_embeddings": 256}
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(BENCH))
+    spec = spec_from_file_location("batches", BENCH / "batches.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(BENCH))
+    return module
+
+
+@pytest.fixture
+def on_cpu(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches take 4 ms, those of kernels with pools 5."""
+    ms = property(lambda runtime: 5.0 if runtime.program.schedule.pools else 4.0)
+    monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", ms, raising=False)
+    for module in (script, batch_benchmark):
+        monkeypatch.setattr(module, "bench_device", lambda _: torch.device("cpu"))
+        monkeypatch.setattr(module, "geometry", lambda _: tiny_config(**TINY))
+    monkeypatch.setattr(batch_benchmark, "copy_bandwidth_gbps", lambda _: 10.0)
+    eager = functools.partial(measure_batches, mode="eager", samples=2, replays=1)
+    monkeypatch.setattr(batch_benchmark, "measure_batches", eager)
+    for module in (sys.modules[script.take_turns.__module__], batch_benchmark):
+        monkeypatch.setattr(module, "WARMUP", 0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Three slots and six pages with random values; transformers' model of the same weights."""
+    theirs = transformers_model(tiny_config(**TINY))
+    ours = from_model(
+        theirs, device="cpu", num_workers=2, max_seq_len=256, max_batch_size=3, max_tokens_per_step=8, num_pages=6,
+        progress=False, wait_bound_s=60.0,
+    )  # fmt: skip
+    fill_cache(ours)
+    return ours, theirs
+
+
+def test_sequences_go_on_by_themselves(pair, monkeypatch: pytest.MonkeyPatch):
+    """From one step to the next over the end of a page; each ends after its steps, and the launch with the last."""
+    ours, _ = pair
+    monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", 6.0, raising=False)
+    ours.compile()
+    place_sequences(ours.kernel, [127, 5], 3)
+    results = launch_placed(ours.kernel)
+    assert [result.ticket for result in results] == [0, 1] * 3
+    assert [result.reason for result in results] == [None] * 4 + ["length"] * 2
+    state = ours.kernel.state
+    tokens = state.tokens.data
+    assert tokens[0, 127:130].tolist() == [result.token for result in results[::2]]
+    counters = state.counters.data.tolist()
+    assert (counters[advance.NUM_STEPS.value], counters[advance.NUM_FREE_PAGES.value]) == (3, 6)
+    assert sorted(state.free_pages.data.tolist()) == list(range(6))
+
+    assert decode_batch(ours, [127, 5], 2, SAMPLED) == 3.0
+    drawn = tokens[:2, [127, 5]].diagonal().clone()
+    assert decode_batch(ours, [127, 5], 2, SAMPLED) == 3.0
+    assert torch.equal(tokens[:2, [127, 5]].diagonal(), drawn)
+    assert compile_count(ours) is None
+
+
+def test_logits_are_those_of_the_reference_for_every_sequence(pair):
+    ours, theirs = pair
+    distances = check_batch(ours, theirs, [5, 130, 5])
+    assert len(distances.rel_l2) == 3 and max(distances.rel_l2) < 1e-5 < 1e-3 < min(distances.rel_l2_bf16)
+    summary = distances.summary()
+    assert (summary["checked"], summary["farther"]) == (3, 0) and summary["rel_l2"] == max(distances.rel_l2)
+    logits = batch_logits(ours, [5, 130, 5])
+    assert logits.shape == (3, 96) and not torch.equal(logits[0], logits[2])
+    name = "L00.k_cache"
+    cache = ours.kernel.tensors[name].data
+    before = cache.clone()
+    page = int(ours.kernel.step_plan.page_table.data[1, 1])  # the second page of the long one
+    cache[page] = 3.0
+    others = batch_logits(ours, [5, 130, 5])
+    cache.copy_(before)
+    assert torch.equal(others[[0, 2]], logits[[0, 2]]) and not torch.equal(others[1], logits[1])
+
+
+def test_distances_tell_who_is_farther_than_bf16():
+    nan = float("nan")
+    distances = Distances([1.0, 3.0, 1.0, nan], [2.0] * 4, [1.0, 1.0, 3.0, 1.0], [2.0] * 4)
+    assert distances.farther == [1, 2, 3]
+    assert distances.summary()["farther"] == 3 and distances.summary()["kl"] == 3.0
+
+
+def test_what_does_not_fit_is_refused(pair):
+    ours, _ = pair
+    assert pages_of([127, 128, 129], 1, 128) == 5
+    with pytest.raises(ValueError, match=r"4 sequences of up to 6 tokens do not fit max_batch_size=3"):
+        place_sequences(ours.kernel, [5] * 4, 1)
+    with pytest.raises(ValueError, match=r"1 sequences of up to 257 tokens"):
+        place_sequences(ours.kernel, [255], 2)
+    ours.kernel.state.free_pages.data  # noqa: B018
+    with pytest.raises(ValueError, match=r"batches=\[0\]"):
+        run_batch_bench("Qwen3-8B", [0])
+    with pytest.raises(ValueError, match=r"launches=0"):
+        run_batch_bench("Qwen3-8B", [1], launches=0)
+    with pytest.raises(DeviceError, match="measures a CUDA GPU"):
+        run_batch_bench("Qwen3-8B", [1], device="cpu")
+
+
+def test_a_late_host_does_not_count(pair, monkeypatch: pytest.MonkeyPatch):
+    ours, _ = pair
+    monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", 6.0, raising=False)
+    real, calls = launch_placed, []
+
+    def late(kernel):
+        calls.append(real(kernel))
+        kernel.state.counters.data[advance.NUM_STEPS.value] += len(calls) < 2
+        return calls[-1]
+
+    monkeypatch.setattr(batch_benchmark, "launch_placed", late)
+    assert decode_batch(ours, [5], 2) == 3.0 and len(calls) == 2
+    monkeypatch.setattr(batch_benchmark, "ATTEMPTS", 1)
+    calls.clear()
+    with pytest.raises(AssertionError, match="1 launches of 2 steps had empty ones too, the last one 3 in all"):
+        decode_batch(ours, [5], 2)
+
+
+def test_empty_steps(pair, monkeypatch: pytest.MonkeyPatch):
+    ours, _ = pair
+    monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", 6.0, raising=False)
+    ms = empty_step_ms(ours, seconds=0.3)
+    steps = int(ours.kernel.state.counters.data[advance.NUM_STEPS.value])
+    assert steps >= 1 and ms == 6.0 / steps
+    assert int(ours.kernel.state.counters.data[advance.NUM_BUSY_STEPS.value]) == 0
+
+
+def test_a_geometry(script, on_cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """The whole command; only what asks a GPU is replaced."""
+    monkeypatch.setattr(script, "run_batch_bench", functools.partial(run_batch_bench, num_workers=2, progress=False))
+    arguments = ["--geometry", "Tiny", "--batch", "1", "2", "--context", "6", "--num-steps", "2", "--launches", "1"]
+    arguments += ["--tokens-per-step", "8", "--prompt", "9", "--profile", "--commit", "abc", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    report = json.loads((tmp_path / "Tiny_cpu.json").read_text())
+    assert (report["commit"], report["settings"]["max_batch_size"], report["compiles"]) == ("abc", 2, None)
+    assert [row["batch"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        assert (row["ms_p50"], row["sampled_ms_p50"], row["against_one"]) == (2.0, 2.0, 1.0)
+        assert row["tokens_per_s"] == row["batch"] * 500 and row["kv_bytes"] == row["batch"] * 2 * 6 * 32 * 4
+        assert row["checked"] == row["batch"] and row["farther"] == 0 and row["rel_l2"] < 1e-5
+        assert row["speedup"] == row["baseline_ms_p50"] / 2.0 > 0
+    prompt = report["prompt"]
+    assert (prompt["prompt"], prompt["beside"]) == (9, 1)
+    assert prompt["against_reference"] == prompt["alone"]["ms_p50"] / prompt["reference"]["ms_p50"]
+    assert [row["batch"] for row in report["overhead"]] == [1, 2]
+    assert all(0 < row["share"] < 1 and row["advance"] > 0 for row in report["overhead"])
+    assert report["failures"] == [] and report["empty_step_ms"] > 0
+    out = capsys.readouterr().out
+    assert "time to first token, 9 tokens" in out and "Tiny_cpu.json" in out and "critical path" in out
+
+
+def test_a_failed_check_fails_the_command_and_keeps_the_report(
+    script, on_cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
+    monkeypatch.setattr(script, "run_batch_bench", functools.partial(run_batch_bench, num_workers=2, progress=False))
+    monkeypatch.setattr(batch_benchmark, "check_batch", lambda *_: Distances([2.0], [1.0], [0.0], [1.0]))
+    arguments = ["--geometry", "Tiny", "--batch", "2", "--context", "6", "--num-steps", "1", "--launches", "1"]
+    arguments += ["--prompt", "0", "--no-baseline", "--no-one", "--tokens-per-step", "2", "--out", str(tmp_path)]
+    assert script.main(arguments) == 1
+    report = json.loads((tmp_path / "Tiny_cpu.json").read_text())
+    assert len(report["failures"]) == 1 and report["one_sequence"] is None and report["rows"][0]["speedup"] is None
+    assert "FAILED: batch 2: 1 of 2 farther from fp32 than bf16" in capsys.readouterr().err
+
+
+def test_policies_take_turns_on_uneven_lengths(script, on_cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    lengths = {"one long": [4, 4, 130], "equal": [46] * 3}
+    monkeypatch.setattr(
+        script, "compare_policies", functools.partial(script.compare_policies, lengths=lengths, num_workers=2)
+    )
+    arguments = ["--geometry", "Tiny", "--policy", "static", "hybrid", "--num-steps", "2", "--launches", "1"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "Tiny_uneven_cpu.json").read_text())
+    kernels = ["static", "hybrid", "static again"]
+    assert [(row["what"], row["kernel"]) for row in report["rows"]] == [(w, k) for w in lengths for k in kernels]
+    for row in report["rows"]:
+        assert (row["ms_p50"], row["against"]) == ((2.5, 0.25) if row["kernel"] == "hybrid" else (2.0, 0.0))
+        assert row["lengths"] == lengths[row["what"]]
+        assert ("rel_l2" in row) == (row["kernel"] != "static again") and row.get("rel_l2", 0) < 1e-5
+    assert capsys.readouterr().out.count("+25.00%") == 2
+
+
+def test_uneven_lengths(script):
+    lengths = script.uneven_lengths()
+    assert lengths["one long"] == [128] * 7 + [16384] and lengths == script.uneven_lengths()
+    assert len(lengths["pareto"]) == 16 and min(lengths["pareto"]) >= 128 and max(lengths["pareto"]) <= 16384
+    assert max(lengths["pareto"]) > 4 * sorted(lengths["pareto"])[8]
+    assert abs(sum(lengths["equal"]) - sum(lengths["one long"])) < 8
+
+
+def test_help_teaches():
+    command = [sys.executable, str(BENCH / "batches.py"), "--help"]
+    result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert result.returncode == 0 and "--policy" in result.stdout and "time to first token" in result.stdout
