@@ -42,10 +42,7 @@ __all__ = [
 ]
 
 ATTENTIONS = ("sdpa", "split")
-BATCH_ATTENTIONS = (
-    "split",
-    "rows",
-)  # torch expands k and v of all heads for "sdpa", which costs more the more there are
+BATCH_ATTENTIONS = ("split", "rows")  # "sdpa" may expand k and v to all heads, which a batch makes dearer
 SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
 
 
@@ -257,6 +254,7 @@ def measure_batches(
             decoder, (context,), mode=mode, attentions=tried, samples=samples, replays=replays, batch_size=batch_size
         )
         yield {"batch": batch_size, **row}
+    torch.compiler.reset()  # what was compiled holds on to the cache
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_CONTEXT = 512
 DEFAULT_PROMPT = 2048
 BESIDE = 8  # sequences that decode while a prompt is read
+WINDOW = 16  # tokens of each, while nothing else happens
 ATTEMPTS = 5  # launches until one has no step but those that were asked for
 SAMPLED = Sampling(do_sample=True, temperature=0.8, top_k=50, top_p=0.9, seed=SEED)
 OVERHEAD = ("items", "advance sample", "advance")  # ops of a step that are there for the batch, not for the model
@@ -293,8 +294,8 @@ def measure_prompt(model: CausalLM, prompt_length: int, num_beside: int, context
         for stream in decodes:
             next(stream)
         start, before = time.perf_counter(), num_decoded()
-        while num_decoded() < before + 4 * num_beside:
-            time.sleep(1e-3)
+        while num_decoded() < before + WINDOW * num_beside:
+            time.sleep(100e-6)
         decode_ms = (time.perf_counter() - start) * 1e3 * num_beside / max(1, num_decoded() - before)
         beside, decode_beside = [], []
         for _ in range(repeats):
@@ -318,7 +319,7 @@ def measure_prompt(model: CausalLM, prompt_length: int, num_beside: int, context
 # ---- where a step's time goes ----
 
 
-def overhead(model: CausalLM, lengths: Sequence[int], num_steps: int = 8) -> dict[str, Any]:
+def overhead(model: CausalLM, lengths: Sequence[int], num_steps: int) -> dict[str, Any]:
     """Of a model with profile=True: how much of a step's critical path the ops are that the batch needs, not the model.
 
     They are what makes lists of the plan, chooses tokens, and makes the next plan.
@@ -385,7 +386,7 @@ def run_batch_bench(
     repeats = max(2, launches // 2)
     # enough for those beside to go on while prompts are read
     prompt_steps = -(-prompt // max(1, tokens_per_step - num_beside)) + 2
-    after = context + (WARMUP + repeats) * prompt_steps + 16 if prompt else 0
+    after = context + repeats * prompt_steps + 4 * WINDOW if prompt else 0
     max_seq_len = round_up(max(context + num_steps, prompt + 1, after), PAGE_SIZE)
     num_pages = pages_of([context] * max(batches), num_steps, PAGE_SIZE)
     if prompt:
@@ -477,7 +478,9 @@ def run_batch_bench(
         say("a kernel that records")
         recording = from_model(hf_model, profile=True, **batch_options)
         fill_cache(recording)
-        report["overhead"] = [{"batch": batch, **overhead(recording, [context] * batch)} for batch in batches]
+        report["overhead"] = [
+            {"batch": batch, **overhead(recording, [context] * batch, min(8, num_steps))} for batch in batches
+        ]
     report["failures"] = failures
     free_memory()
     assert report["compiles"] in (None, 1), f"the kernel was compiled {report['compiles']} times"
