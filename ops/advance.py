@@ -2,7 +2,7 @@
 
 chosen [S] int32, logprobs [S] fp32 read | requests, through rings in the host's memory, read and answered: see rings.py
 slots [SLOT_FIELDS, S] int32, counters [NUM_COUNTERS] int64, records [S, RECORD] int64, tokens [S, L] int32,
-free pages [num_pages] int32 read and written | the plan of the next step written
+pages [2, num_pages] int32: those that are free, and how many sequences use each | the plan of the next step written
 A single task, vectors over the S slots. A slot is free, runs, or waits for pages. In this order:
 
 1. The chosen tokens are appended and reported; sequences that end here, or that were cancelled, free slot and pages.
@@ -10,7 +10,9 @@ A single task, vectors over the S slots. A slot is free, runs, or waits for page
    no older one waits, a slot is free, and pages for the prompt are there, beside those that others will still need.
 3. The next step's T tokens are shared out: one for each sequence that decodes, then prompts, oldest first, in chunks.
 4. Each takes the pages that its tokens need. If there are too few, the youngest gives all of its pages back and waits:
-   it is recomputed later from its tokens so far. The oldest never waits, so there is always progress.
+   it is recomputed later from its tokens so far. The oldest never waits, so there is always progress. One of which
+   nothing is computed yet begins with the pages of another that begins with the same tokens, those that are full and
+   computed; a page is free when nobody uses it any more.
 
 Where results of a whole step do not fit the ring the next step is empty, and so on until the host has made room. With
 nothing to do steps are empty too, and look for requests; the last one ends the launch.
@@ -75,13 +77,15 @@ SEEN = tl.constexpr(0)  # four words: those that the host writes, as last seen
 NUM_CANCELS = tl.constexpr(4)  # so many cancelled requests there were when it was last looked who they are
 NUM_ADMITTED = tl.constexpr(5)  # requests that were taken in
 NUM_RESULTS = tl.constexpr(6)  # written
-NUM_FREE_PAGES = tl.constexpr(7)  # the first so many of `free pages`
+NUM_FREE_PAGES = tl.constexpr(7)  # the first so many of the first row of `pages`
 BLOCKED_NEED = tl.constexpr(8)  # pages that the next request lacked when it was last looked at
 LOOKS = tl.constexpr(9)  # whether this step reads the host's words
 NUM_STEPS = tl.constexpr(10)  # statistics: all steps, those with tokens, their tokens, preemptions
 NUM_BUSY_STEPS = tl.constexpr(11)
 NUM_TOKENS = tl.constexpr(12)
 NUM_PREEMPTIONS = tl.constexpr(13)
+NUM_SHARED = tl.constexpr(14)  # pages that sequences began with
+NUM_PAGES = tl.constexpr(15)
 NUM_COUNTERS = tl.constexpr(16)
 
 LOOK_INTERVAL = tl.constexpr(8)  # steps between two looks at the host's words while no slot is free
@@ -94,12 +98,52 @@ def sum_of_earlier(values, keys):
 
 
 @triton.jit
-def give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """The pages of a slot become free. With reference counts of shared pages, those that nobody else holds."""
+def give_back(
+    page_table_ptr, free_pages_ptr, users_ptr, num_free, slot, number, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The pages of a slot have a user less; those without one are free. Returns how many are free then."""
     places = tl.arange(0, BLOCK)
     pages = tl.load(page_table_ptr + slot * STRIDE + places, mask=places < number, other=0)
-    tl.store(free_pages_ptr + num_free + places, pages, mask=places < number)
-    return num_free + number
+    users = tl.load(users_ptr + pages, mask=places < number, other=0) - 1
+    tl.store(users_ptr + pages, users, mask=places < number)
+    is_free = ((places < number) & (users == 0)).to(tl.int32)
+    tl.store(free_pages_ptr + num_free + tl.cumsum(is_free, axis=0) - 1, pages, mask=is_free > 0)
+    tl.debug_barrier()  # the next slot may have the same pages
+    return num_free + tl.sum(is_free, axis=0)
+
+
+@triton.jit
+def share_pages(
+    page_table_ptr, users_ptr, tokens_ptr, slots, slot, length, computed,
+    L: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAGE: tl.constexpr,
+):  # fmt: skip
+    """A slot begins with the pages of the one that has most of its tokens in front. Returns how many pages these are.
+
+    `computed`: pages of every slot, from the first one on, whose tokens are all processed. One token at least is left.
+    """
+    common = tl.where(slots == slot, 0, tl.minimum(computed, (length - 1) // PAGE_SIZE))
+    page = length * 0
+    while page < tl.max(common, axis=0):
+        places = tl.arange(0, BLOCK_PAGE)
+        at = page * PAGE_SIZE + places
+        mine = tl.load(tokens_ptr + slot.to(tl.int64) * L + at, mask=places < PAGE_SIZE, other=0)
+        theirs = tl.load(
+            tokens_ptr + slots.to(tl.int64)[:, None] * L + at[None, :],
+            mask=(page < common)[:, None] & (places < PAGE_SIZE)[None, :],
+            other=0,
+        )
+        differs = tl.max(((mine[None, :] != theirs) & (places < PAGE_SIZE)[None, :]).to(tl.int32), axis=1) > 0
+        common = tl.where(differs, tl.minimum(common, page), common)
+        page += 1
+    number = tl.max(common, axis=0)
+    other = tl.max(tl.where((common == number) & (number > 0), slots, -1), axis=0)
+    places = tl.arange(0, BLOCK)
+    pages = tl.load(page_table_ptr + other * STRIDE + places, mask=places < number, other=0)
+    tl.store(page_table_ptr + slot * STRIDE + places, pages, mask=places < number)
+    users = tl.load(users_ptr + pages, mask=places < number, other=0)
+    tl.store(users_ptr + pages, users + 1, mask=places < number)
+    tl.debug_barrier()
+    return number
 
 
 @triton.jit
@@ -194,10 +238,11 @@ def advance_requests(
     chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
     tickets_size, results_size, prompts_size,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_PAGE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """`host`: the words HOST_STOP to HOST_CANCELS, read earlier, if this step looks at them."""
     MAX_PAGES: tl.constexpr = (L + PAGE_SIZE - 1) // PAGE_SIZE
+    users_ptr = free_pages_ptr + tl.load(counters_ptr + NUM_PAGES)
     slots = tl.arange(0, BLOCK_S)
     is_slot = slots < S
     status = tl.load(slots_ptr + SLOT_STATUS * S + slots, mask=is_slot, other=FREE)
@@ -251,7 +296,7 @@ def advance_requests(
     for _ in tl.range(0, tl.sum(leaves.to(tl.int32), axis=0), num_stages=1):
         slot = tl.max(tl.where(leaves, slots, -1), axis=0)
         number = tl.sum(tl.where(slots == slot, num_pages, 0), axis=0)
-        num_free = give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
+        num_free = give_back(page_table_ptr, free_pages_ptr, users_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
         leaves = leaves & (slots != slot)
     num_pages = tl.where(status == FREE, 0, num_pages)
 
@@ -302,6 +347,22 @@ def advance_requests(
     share = tl.minimum(left, tl.maximum(limit - sum_of_earlier(left, key), 0))
 
     # 4. their pages
+    tl.debug_barrier()  # tokens that were taken in or appended
+    computed = tl.where(status == RUNS, done // PAGE_SIZE, 0)
+    begins = (share > 0) & (done == 0)
+    num_shared = tl.sum(begins.to(tl.int32), axis=0) * 0
+    for _ in tl.range(0, tl.sum(begins.to(tl.int32), axis=0), num_stages=1):
+        slot = tl.max(tl.where(begins, slots, -1), axis=0)
+        begins = begins & (slots != slot)
+        its_length = tl.sum(tl.where(slots == slot, length, 0), axis=0)
+        number = share_pages(
+            page_table_ptr, users_ptr, tokens_ptr, slots, slot, its_length, computed,
+            L, PAGE_SIZE, MAX_PAGES, BLOCK_PAGES, BLOCK_PAGE,
+        )  # fmt: skip
+        num_pages = tl.where(slots == slot, number, num_pages)
+        done = tl.where(slots == slot, number * PAGE_SIZE, done)
+        num_shared += number
+    share = tl.minimum(share, length - done)
     need = tl.where(share > 0, (done + share + PAGE_SIZE - 1) // PAGE_SIZE - num_pages, 0)
     num_preempted = 0
     while tl.sum(need, axis=0) > num_free:
@@ -309,7 +370,7 @@ def advance_requests(
         is_this = (status == RUNS) & (age == youngest)
         slot = tl.max(tl.where(is_this, slots, -1), axis=0)
         number = tl.sum(tl.where(is_this, num_pages, 0), axis=0)
-        num_free = give_back(page_table_ptr, free_pages_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
+        num_free = give_back(page_table_ptr, free_pages_ptr, users_ptr, num_free, slot, number, MAX_PAGES, BLOCK_PAGES)
         status = tl.where(is_this, WAITS, status)
         done = tl.where(is_this, 0, done)
         share = tl.where(is_this, 0, share)
@@ -321,6 +382,7 @@ def advance_requests(
     for i in tl.range(0, tl.max(need, axis=0), num_stages=1):
         page = tl.load(free_pages_ptr + last - i, mask=i < need, other=0)
         tl.store(page_table_ptr + slots * MAX_PAGES + num_pages + i, page, mask=i < need)
+        tl.store(users_ptr + page, tl.full([BLOCK_S], 1, tl.int32), mask=i < need)
     num_free -= tl.sum(need, axis=0)
     num_pages += need
 
@@ -339,8 +401,8 @@ def advance_requests(
     tl.store(slots_ptr + SLOT_NEW * S + slots, is_new, mask=is_slot)
     num_live = tl.sum((status != FREE).to(tl.int32), axis=0)
     num_steps = tl.load(counters_ptr + NUM_STEPS)
-    num_shared = tl.sum(share, axis=0)
-    looks_next = (num_live < S) | (num_shared == 0) | (num_steps % LOOK_INTERVAL == 0)
+    num_tokens = tl.sum(share, axis=0)
+    looks_next = (num_live < S) | (num_tokens == 0) | (num_steps % LOOK_INTERVAL == 0)
     tl.store(counters_ptr + NUM_CANCELS, num_cancels)
     tl.store(counters_ptr + NUM_ADMITTED, num_admitted)
     tl.store(counters_ptr + NUM_RESULTS, num_results)
@@ -348,9 +410,10 @@ def advance_requests(
     tl.store(counters_ptr + BLOCKED_NEED, blocked_need.to(tl.int64))
     tl.store(counters_ptr + LOOKS, looks_next.to(tl.int64))
     tl.store(counters_ptr + NUM_STEPS, num_steps + 1)
-    tl.store(counters_ptr + NUM_BUSY_STEPS, tl.load(counters_ptr + NUM_BUSY_STEPS) + (num_shared > 0).to(tl.int64))
-    tl.store(counters_ptr + NUM_TOKENS, tl.load(counters_ptr + NUM_TOKENS) + num_shared)
+    tl.store(counters_ptr + NUM_BUSY_STEPS, tl.load(counters_ptr + NUM_BUSY_STEPS) + (num_tokens > 0).to(tl.int64))
+    tl.store(counters_ptr + NUM_TOKENS, tl.load(counters_ptr + NUM_TOKENS) + num_tokens)
     tl.store(counters_ptr + NUM_PREEMPTIONS, tl.load(counters_ptr + NUM_PREEMPTIONS) + num_preempted)
+    tl.store(counters_ptr + NUM_SHARED, tl.load(counters_ptr + NUM_SHARED) + num_shared)
     is_over = stop == STOP_NOW
     if (stop == STOP_WHEN_DONE) & (num_live == 0) & (num_admitted == num_requests):
         acquire_word(mailbox_ptr + HOST_STOP, PORTABLE)  # the words were read together: one may be older than the other
@@ -368,7 +431,7 @@ def advance_tile(
     slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,  # in and out
     tickets_size, results_size, prompts_size,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_PAGE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     looks = tl.load(counters_ptr + LOOKS) != 0  # as the last step left it
     # a journey over the bus, during the wait
@@ -380,7 +443,7 @@ def advance_tile(
         first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
         chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
         tickets_size, results_size, prompts_size,
-        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, PORTABLE,
+        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_PAGE, PORTABLE,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -454,6 +517,7 @@ def cut_advance(
     constants = {
         "S": num_slots, "T": token_ids.numel, "L": length, "PAGE_SIZE": page_size,
         "BLOCK_S": next_power_of_2(max(num_slots, 2)), "BLOCK_PAGES": next_power_of_2(max(page_table.dims[1], 2)),
+        "BLOCK_PAGE": next_power_of_2(max(page_size, 2)),
     }  # fmt: skip
     cut = Cut(constants, reads | plan | state)
     sizes = {"tickets_size": rings.tickets, "results_size": rings.results, "prompts_size": rings.prompts}

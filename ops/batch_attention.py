@@ -33,8 +33,9 @@ def batch_attention_tile(
     parts_ptr, lse_ptr,  # out
     kv_head, part,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_PAGES: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+    STAGES: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
@@ -55,16 +56,22 @@ def batch_attention_tile(
         q = tl.load(q_ptr + at[:, None] * DH + d, mask=is_row[:, None] & (d < DH), other=0.0)
         first = split * SPLIT_TOKENS
         last = tl.minimum(first + SPLIT_TOKENS, tl.load(positions_ptr + end - 1) + 1)
+        pages = ()  # loaded here: a load whose result another load needs takes a stage of the loop from that
+        for i in tl.static_range(SPLIT_PAGES):
+            page = tl.minimum(first // PAGE_SIZE + i, NUM_PAGES - 1)
+            pages = pages + (tl.load(page_table_ptr + sequence * NUM_PAGES + page),)
         m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: the difference of two must be a number
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DH], tl.float32)
         for start in tl.range(first, last, BLOCK_KV, num_stages=STAGES):
             kv = tl.arange(0, BLOCK_KV)
-            page = tl.load(page_table_ptr + sequence * NUM_PAGES + start // PAGE_SIZE).to(tl.int64)
-            row = (page * HKV + kv_head) * PAGE_SIZE + start % PAGE_SIZE + kv
+            page = pages[0]
+            for i in tl.static_range(1, SPLIT_PAGES):
+                page = tl.where(start // PAGE_SIZE - first // PAGE_SIZE == i, pages[i], page)
+            row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + start % PAGE_SIZE
             mask = (start + kv < last)[:, None] & (d < DH)
-            k = tl.load(k_cache_ptr + row[:, None] * DH + d, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + row[:, None] * DH + d, mask=mask, other=0.0)
+            k = tl.load(k_cache_ptr + row * DH + (kv[:, None] * DH + d), mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + row * DH + (kv[:, None] * DH + d), mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = tl.where((start + kv)[None, :] <= position[:, None], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -84,6 +91,13 @@ def batch_attention_tile(
 def block_tokens(num_q_heads: int, num_kv_heads: int) -> int:
     """Tokens of an item."""
     return max(1, BLOCK_M // (num_q_heads // num_kv_heads))
+
+
+def split_pages(split_tokens: int, page_size: int) -> int:
+    """How many pages the positions of a split lie on, at most."""
+    if split_tokens % page_size == 0 or page_size % split_tokens == 0:
+        return max(1, split_tokens // page_size)
+    return split_tokens // page_size + 2
 
 
 def num_item_parts(num_kv_heads: int, num_workers: int) -> int:
@@ -123,7 +137,7 @@ def cut_batch_attention(
         {
             "H": num_q_heads, "HKV": num_kv_heads, "DH": head_dim,
             "PAGE_SIZE": page_size, "NUM_PAGES": page_table.dims[1], "NUM_PARTS": num_parts,
-            "MAX_TOKENS": max_tokens, "SPLIT_TOKENS": split_tokens,
+            "MAX_TOKENS": max_tokens, "SPLIT_TOKENS": split_tokens, "SPLIT_PAGES": split_pages(split_tokens, page_size),
             "BLOCK_TOKENS": block_tokens(num_q_heads, num_kv_heads), "BLOCK_M": max(BLOCK_M, next_power_of_2(group)),
             "BLOCK_DH": next_power_of_2(head_dim), "BLOCK_KV": block_kv, "STAGES": 4,
         },

@@ -53,7 +53,7 @@ def batch_gated_linear_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 gate_ptr, up_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, True, False, SEGMENT,
+                K, True, False, SEGMENT, PORTABLE,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))

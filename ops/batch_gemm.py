@@ -28,9 +28,21 @@ SEGMENT_BYTES = 64  # of a row that a warp takes at a time
 
 
 @triton.jit
+def not_unrolled(start, PORTABLE: tl.constexpr):
+    """The index of a loop, a multiple of 16. ptxas would unroll the loop, but there are no registers to spare."""
+    if PORTABLE:
+        return start
+    else:
+        start = tl.inline_asm_elementwise(
+            '.pragma "nounroll"; mov.u32 $0, $1;', "=r,r", [start], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return start // 16 * 16
+
+
+@triton.jit
 def multiply_rows(
     weight_ptr, second_ptr, row, num_rows, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
-    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, SEGMENT: tl.constexpr,
+    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, SEGMENT: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] fp32: num_rows rows of a matrix from `row` on, times num_tokens rows of x from `first` on.
 
@@ -57,7 +69,8 @@ def multiply_rows(
     else:
         x_begin = x_ptr + (first + token) * K
     acc = tl.zeros([SEGMENTS, ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, tl.where(num_rows > 0, K, 0), SEGMENTS * SEGMENT, num_stages=STAGES):  # not unrolled
+    for start in tl.range(0, K, SEGMENTS * SEGMENT, num_stages=STAGES):
+        start = not_unrolled(start, PORTABLE)
         if K % (SEGMENTS * SEGMENT) == 0:
             w = tl.load(begin + (start + weight_k), mask=is_row, other=0.0)
             x = tl.load(x_begin + (start + x_k), mask=is_token, other=0.0)

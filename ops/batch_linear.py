@@ -51,7 +51,7 @@ def batch_linear_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, False, False, SEGMENT,
+                K, False, False, SEGMENT, PORTABLE,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             if HAS_BIAS:

@@ -52,7 +52,7 @@ def batch_linear_residual_tile(
             is_token = token < num_tokens
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, h_ptr, first, num_tokens, h_ptr, h_ptr,
-                K, False, False, SEGMENT,
+                K, False, False, SEGMENT, PORTABLE,
             )  # fmt: skip
             if HAS_BIAS:
                 y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]

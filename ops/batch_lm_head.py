@@ -61,7 +61,7 @@ def batch_lm_head_tile(
             sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
             y = multiply_rows(
                 weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_outputs, outputs_ptr, output_token_ptr,
-                D, False, True, SEGMENT,
+                D, False, True, SEGMENT, PORTABLE,
             )  # fmt: skip
             y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
             at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]

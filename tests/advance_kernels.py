@@ -26,8 +26,10 @@ from tri_mpk.ops.advance import (
     NUM_ADMITTED,
     NUM_COUNTERS,
     NUM_FREE_PAGES,
+    NUM_PAGES,
     NUM_PREEMPTIONS,
     NUM_RESULTS,
+    NUM_SHARED,
     RUNS,
     SEEN,
     SLOT_FIELDS,
@@ -49,7 +51,7 @@ def advance_kernel(
     chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
     tickets_size, results_size, prompts_size,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_PAGE: tl.constexpr,
 ):  # fmt: skip
     looks = tl.load(counters_ptr + LOOKS) != 0
     host = tl.load(mailbox_ptr + tl.arange(0, 4), mask=looks & (tl.arange(0, 4) < 4), other=0)
@@ -59,7 +61,7 @@ def advance_kernel(
         first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
         chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
         tickets_size, results_size, prompts_size,
-        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, True,
+        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_PAGE, True,
     )  # fmt: skip
 
 
@@ -81,8 +83,9 @@ class Kernel:
         self.counters = torch.zeros(NUM_COUNTERS.value, dtype=torch.int64)
         self.records = torch.zeros(S, RECORD.value, dtype=torch.int64)
         self.tokens = torch.full((S, L), -9, **int32)
-        self.free = torch.arange(num_pages, **int32)
-        self.counters[NUM_FREE_PAGES.value], self.counters[LOOKS.value] = num_pages, 1
+        self.free = torch.stack((torch.arange(num_pages, **int32), torch.zeros(num_pages, **int32)))
+        self.counters[NUM_FREE_PAGES.value] = self.counters[NUM_PAGES.value] = num_pages
+        self.counters[LOOKS.value] = 1
         self.epoch = 0
 
     def step(self) -> bool:
@@ -94,6 +97,7 @@ class Kernel:
             self.records, self.tokens, self.free, self.rings.tickets, self.rings.results, self.rings.prompts,
             S=self.S, T=self.T, L=self.L, PAGE_SIZE=self.page_size, BLOCK_S=next_power_of_2(max(self.S, 2)),
             BLOCK_PAGES=next_power_of_2(max(self.table.shape[1], 2)),
+            BLOCK_PAGE=next_power_of_2(max(self.page_size, 2)),
         )  # fmt: skip
         assert int(self.control[words.CONTROL_LAST_EPOCH.value]) == self.epoch
         return int(self.control[words.CONTROL_STOP.value]) == 0
@@ -106,8 +110,12 @@ class Sequence:
     order: int
     tokens: list[int]
     done: int = 0
-    num_pages: int = 0
+    pages: list[object] = field(default_factory=list)
     runs: bool = True
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.pages)
 
 
 @dataclass
@@ -131,6 +139,7 @@ class Reference:
     num_written: int = 0
     num_admitted: int = 0
     num_preempted: int = 0
+    num_shared: int = 0
     num_steps: int = 0
     blocked_need: int = 0
     looks: bool = True
@@ -149,7 +158,7 @@ class Reference:
 
     @property
     def free(self) -> int:
-        return self.num_pages - sum(q.num_pages for q in self.live)
+        return self.num_pages - len({page for q in self.live for page in q.pages})
 
     @property
     def has_room(self) -> bool:
@@ -231,20 +240,39 @@ class Reference:
             shares[q.order] = min(left, len(q.tokens) - q.done)
             left -= shares[q.order]
 
+        computed = {q.order: q.done // self.page_size for q in running}
+        for q in running:
+            if shares[q.order] and q.done == 0:
+                self.begin_with_pages_of_others(q, running, computed)
+                shares[q.order] = min(shares[q.order], len(q.tokens) - q.done)
+
         def need(q: Sequence) -> int:
             return self.pages(q.done + shares[q.order]) - q.num_pages if shares.get(q.order) else 0
 
         while sum(map(need, running)) > self.free:
             youngest = running.pop()
-            youngest.runs, youngest.done, youngest.num_pages = False, 0, 0
+            youngest.runs, youngest.done, youngest.pages = False, 0, []
             del shares[youngest.order]
             self.num_preempted += 1
         self.plan = []
         for s, q in enumerate(self.slots):
             if q is not None and shares.get(q.order):
-                q.num_pages = max(q.num_pages, self.pages(q.done + shares[q.order]))
+                while q.num_pages < self.pages(q.done + shares[q.order]):
+                    q.pages.append(object())
                 self.plan.append((s, q.done, shares[q.order]))
                 q.done += shares[q.order]
+
+    def begin_with_pages_of_others(self, q: Sequence, running: list[Sequence], computed: dict[int, int]) -> None:
+        def common(other: Sequence) -> int:
+            most = min(computed[other.order], (len(q.tokens) - 1) // self.page_size)
+            tokens = zip(q.tokens, other.tokens, strict=False)
+            same = next((i for i, (a, b) in enumerate(tokens) if a != b), min(len(q.tokens), len(other.tokens)))
+            return 0 if other is q else min(most, same // self.page_size)
+
+        best = max(running, key=lambda other: (common(other), self.slots.index(other)))
+        q.pages = best.pages[: common(best)]
+        q.done = len(q.pages) * self.page_size
+        self.num_shared += len(q.pages)
 
 
 def check(kernel: Kernel, ours: Reference) -> None:
@@ -266,7 +294,8 @@ def check(kernel: Kernel, ours: Reference) -> None:
         at += number
     assert int(kernel.num_tokens) == at <= kernel.T
     assert at or not ours.live or not ours.has_room, "nothing happens, though something could"
-    owned = []
+    names: dict[object, int] = {}  # of pages of the reference, in the kernel
+    users = [0] * kernel.free.shape[1]
     for s, q in enumerate(ours.slots):
         status, ticket, length, done, max_length, num_pages, order, is_new = kernel.slots[:, s].tolist()
         assert is_new == (s in ours.new)
@@ -276,11 +305,15 @@ def check(kernel: Kernel, ours: Reference) -> None:
         assert status == (RUNS.value if q.runs else WAITS.value)
         assert (ticket, length, done) == (q.ticket, len(q.tokens), q.done)
         assert (max_length, num_pages) == (q.request.max_length, q.num_pages)
-        assert num_pages - -(-done // kernel.page_size) in (0,), "more than a page is wasted"
+        assert num_pages == -(-done // kernel.page_size), "more than a page is wasted"
         assert kernel.tokens[s, :length].tolist() == q.tokens
-        owned += kernel.table[s, :num_pages].tolist()
+        for page, name in zip(q.pages, kernel.table[s, :num_pages].tolist(), strict=True):
+            assert names.setdefault(page, name) == name
+            users[name] += 1
     num_free = int(kernel.counters[NUM_FREE_PAGES.value])
-    assert sorted(owned + kernel.free[:num_free].tolist()) == list(range(len(kernel.free)))
+    assert sorted([*names.values(), *kernel.free[0, :num_free].tolist()]) == list(range(len(users)))
+    assert kernel.free[1].tolist() == users
+    assert int(kernel.counters[NUM_SHARED.value]) == ours.num_shared
     assert int(kernel.counters[NUM_PREEMPTIONS.value]) == ours.num_preempted
     assert int(kernel.counters[LOOKS.value]) == ours.looks
 
@@ -301,6 +334,9 @@ def run(kernel: Kernel, ours: Reference, rng: np.random.Generator, num_steps: in
         for _ in range(int(rng.integers(4)) if busy else 0):
             length = int(rng.integers(1, kernel.L))
             prompt = torch.from_numpy(rng.integers(0, 50, length))
+            if rng.random() < 0.8:  # the same beginning as others
+                same = int(rng.integers(length // 2, length)) + 1
+                prompt[:same] = torch.arange(same) % 7
             ends = tuple(rng.integers(0, 50, int(rng.integers(3))).tolist())
             request = GenerationRequest(prompt, int(rng.integers(length + 1, kernel.L + 1)), ends)
             ticket = rings.put(request)
@@ -309,7 +345,7 @@ def run(kernel: Kernel, ours: Reference, rng: np.random.Generator, num_steps: in
                 open_tickets.add(ticket)
                 ours.queue.append((ticket, request))
                 number += 1
-        if open_tickets and busy and rng.random() < 0.2:
+        if open_tickets and busy and rng.random() < 0.1:
             ticket = int(rng.choice(sorted(open_tickets)))
             rings.cancel(ticket)
             ours.cancelled.add(ticket)
@@ -353,9 +389,20 @@ def random(S, more_tokens, L, page_size, more_pages, results, first, seed) -> No
     kernel = Kernel(S, S + more_tokens, L, page_size, num_pages, rings)
     ours = Reference(S, S + more_tokens, page_size, num_pages, results, num_admitted=0)
     number = run(kernel, ours, np.random.default_rng(seed), 20, first)
-    print(f"{S=} {L=} {page_size=} {num_pages=}: {number} requests, {ours.num_preempted} preempted", flush=True)
+    what = f"{number} requests, {ours.num_preempted} preempted, {ours.num_shared} shared"
+    print(f"{S=} {L=} {page_size=} {num_pages=}: {what}", flush=True)
+
+
+def alike() -> None:
+    """Many sequences with the same beginning, at the same time."""
+    rings = RingSizes(tickets=16, results=32, prompts=64)
+    kernel = Kernel(4, 6, 20, 2, 24, rings)
+    ours = Reference(4, 6, 2, 24, 32)
+    number = run(kernel, ours, np.random.default_rng(0), 25)
+    print(f"{number} requests, {ours.num_preempted} preempted, {ours.num_shared} shared")
+    assert ours.num_shared > 8
 
 
 if __name__ == "__main__":
     tune_interpreter()
-    {"random": random}[sys.argv[1]]()
+    {"random": random, "alike": alike}[sys.argv[1]]()

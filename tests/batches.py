@@ -7,6 +7,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from batch_harness import fill_plan
 from decoders import tiny_config, transformers_model
 from one_step import ONE_STEP
 from tri_mpk.batch_kernel import BatchKernel
@@ -18,7 +19,7 @@ PAGE_SIZE = 64
 
 
 class BatchDecoder:
-    """Steps of a BatchKernel whose plans the host writes. `steps` of it may follow each other."""
+    """A BatchKernel whose plans the host writes: one launch is one step. Pages are dealt out at random."""
 
     def __init__(
         self,
@@ -43,43 +44,28 @@ class BatchDecoder:
         self.kernel.op_layer(
             ONE_STEP, options={"reads": (handle.columns(0, handle.dims[1]),)}, after=handle, label="end"
         )
+        self.random = torch.Generator().manual_seed(2)
         self.lengths = [0] * max_batch_size  # tokens of each sequence in the cache
         self.texts: list[list[int]] = [[] for _ in range(max_batch_size)]
 
     def compile(self) -> None:
-        if self.kernel.runtime is None:
-            self.kernel.compile()
-            for handle in self.kernel.tensors.values():  # what no step has written must not matter
-                if handle.name.endswith("_cache") or handle.data.is_floating_point() and handle.name in self.new_names:
-                    handle.data.fill_(float("nan"))
+        if self.kernel.runtime is not None:
+            return
+        own = {handle.name for handle in self.kernel.tensors.values() if handle.data is None}
+        self.kernel.compile()
+        for handle in self.kernel.tensors.values():  # what no step has written must not matter
+            if handle.name in own or handle.name.endswith("_cache"):
+                handle.data.fill_(float("nan") if handle.dtype.is_floating_point else 1 << 28)
+        pages = self.output.plan.page_table.data
+        pages.copy_(pages.view(-1)[torch.randperm(pages.numel(), generator=self.random)].view(pages.shape))
 
-    @property
-    def new_names(self) -> set[str]:
-        """Of tensors that the kernel allocates."""
-        fixed = ("x", "qkv", "q", "parts", "attention", "hidden", "logits", "best_value")
-        return {name for name in self.kernel.tensors if name.split(".")[0] in fixed}
+    def forget(self) -> None:
+        """All sequences are empty."""
+        self.lengths = [0] * len(self.lengths)
+        self.texts = [[] for _ in self.texts]
 
-    def fill_plan(self, work: dict[int, list[int]], silent: tuple[int, ...] = ()) -> None:
-        plan = self.output.plan
-        tensors = {name: getattr(plan, name).data for name in plan.__slots__}
-        for name in ("token_ids", "token_positions", "token_sequences", "first_token"):
-            tensors[name].fill_(1 << 20)  # what is not part of the plan must not matter
-        tensors["sequence_tokens"].zero_()
-        tensors["output_token"].fill_(-1)
-        at = 0
-        for sequence, ids in work.items():
-            tensors["first_token"][sequence] = at
-            tensors["sequence_tokens"][sequence] = len(ids)
-            for i, token in enumerate(ids):
-                tensors["token_ids"][at] = token
-                tensors["token_positions"][at] = self.lengths[sequence] + i
-                tensors["token_sequences"][at] = sequence
-                at += 1
-            if sequence not in silent:
-                tensors["output_token"][sequence] = at - 1
-            self.lengths[sequence] += len(ids)
-            self.texts[sequence] += ids
-        tensors["num_tokens"].fill_(at)
+    def tokens(self, *lengths: int) -> list[list[int]]:
+        return [torch.randint(96, (n,), generator=self.random).tolist() for n in lengths]
 
     def step(self, work: dict[int, list[int]], silent: tuple[int, ...] = ()) -> torch.Tensor:
         """One step in which sequences get these tokens, in this order. Logits [S, V]; NaN rows of those without.
@@ -87,7 +73,10 @@ class BatchDecoder:
         Sequences in `silent` choose no token: their prompt goes on.
         """
         self.compile()
-        self.fill_plan(work, silent)
+        fill_plan(self.output.plan, {s: (self.lengths[s], ids) for s, ids in work.items()}, silent)
+        for sequence, ids in work.items():
+            self.lengths[sequence] += len(ids)
+            self.texts[sequence] += ids
         for handle in (self.output.logits, self.output.best_value):
             handle.data.fill_(float("nan"))
         self.output.best_index.data.fill_(-1)

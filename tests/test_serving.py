@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +108,18 @@ def test_enough_pages_preempt_nobody(kernel):
     check_all(streams)
     assert engine.statistics.preemptions == 0
     assert engine.statistics.tokens == sum(len(s.request.prompt) + len(s.tokens) - 1 for s in streams)
+
+
+def test_equal_beginnings_are_computed_once(kernel):
+    """Full pages of the one that runs already; tokens are as if each had its own."""
+    same = prompt(11)
+    with new_engine(kernel) as engine:
+        streams = [engine.submit(same, max_new_tokens=9)]
+        next(streams[0])
+        streams += [engine.submit(torch.cat((same[:n], prompt(5 - n // 3))), max_new_tokens=3) for n in (9, 4, 2)]
+        streams.append(engine.submit(same, max_new_tokens=2))
+    check_all(streams)
+    assert engine.statistics.shared_pages >= 2
 
 
 def test_a_sequence_of_all_pages(engine):
@@ -369,6 +384,34 @@ def test_a_worker_that_hangs_ends_all_streams(kernel, monkeypatch):
     monkeypatch.setattr(kernel.runtime, "wait_bound_s", 20.0)
     with new_engine(kernel) as engine:
         check_all([engine.submit(prompt(4), max_new_tokens=3)])
+
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv[1])
+from hash_model import VOCAB_SIZE, hash_kernel
+from transformers import GenerationConfig
+from tri_mpk.serving import Engine
+engine = Engine(hash_kernel(2, 4), GenerationConfig(), VOCAB_SIZE)
+stream = engine.submit([1, 2], max_new_tokens=30)
+print(*(process.pid for process in engine.kernel.runtime.workers), next(stream), flush=True)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", "killed"])
+def test_a_process_that_ends_in_mid_flight_leaves_nothing_behind(end):
+    """Without a word to the engine."""
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(Path(__file__).parent), end]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == (0 if end == "ends" else -signal.SIGKILL), result.stderr
+    *workers, token = map(int, result.stdout.split())
+    assert token == int(next_logits([1, 2]).argmax())
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 # ---- the rings alone ----

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tri_mpk.ops.advance import LOOKS, NUM_COUNTERS, NUM_FREE_PAGES, SLOT_FIELDS, RingSizes
+from tri_mpk.ops.advance import LOOKS, NUM_COUNTERS, NUM_FREE_PAGES, NUM_PAGES, SLOT_FIELDS, RingSizes
 from tri_mpk.ops.op import TensorHandle, next_power_of_2
 from tri_mpk.ops.rings import RECORD
 
@@ -23,13 +23,13 @@ class BatchState:
     counters: TensorHandle
     records: TensorHandle
     tokens: TensorHandle
-    free_pages: TensorHandle
+    free_pages: TensorHandle  # [2, num_pages], of which the second row counts users
     page_size: int
     rings: RingSizes
 
     @property
     def num_pages(self) -> int:
-        return self.free_pages.numel
+        return self.free_pages.dims[1]
 
     def tensors(self) -> dict[str, TensorHandle]:
         return {name: getattr(self, name) for name in ("slots", "counters", "records", "tokens", "free_pages")}
@@ -39,8 +39,9 @@ class BatchState:
         for handle in (plan.num_tokens, plan.sequence_tokens, self.slots, self.counters):
             handle.data.zero_()
         plan.output_token.data.fill_(-1)
-        self.free_pages.data.copy_(torch.arange(self.num_pages, dtype=torch.int32))
-        self.counters.data[NUM_FREE_PAGES.value] = self.num_pages
+        self.free_pages.data[0] = torch.arange(self.num_pages, dtype=torch.int32)
+        self.free_pages.data[1] = 0
+        self.counters.data[NUM_FREE_PAGES.value] = self.counters.data[NUM_PAGES.value] = self.num_pages
         self.counters.data[LOOKS.value] = 1
 
 
@@ -54,7 +55,7 @@ def new_state(mpk: BatchKernel, page_size: int, num_pages: int, rings: RingSizes
         counters=attach("counters", NUM_COUNTERS.value, dtype=torch.int64),
         records=attach("records", num_slots, RECORD.value, dtype=torch.int64),
         tokens=attach("sequence_ids", num_slots, mpk.max_seq_len),
-        free_pages=attach("free_pages", num_pages),
+        free_pages=attach("free_pages", 2, num_pages),
         page_size=page_size,
         rings=rings or default_rings(num_slots, mpk.max_seq_len),
     )

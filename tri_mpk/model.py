@@ -24,7 +24,7 @@ from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
 from tri_mpk.sampling import Sampling
-from tri_mpk.serving import MAX_WAITING, Engine
+from tri_mpk.serving import MAX_WAITING, Engine, check_pages
 from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
 from tri_mpk.tuning_store import find_tuning
@@ -207,9 +207,9 @@ class CausalLM:
         )
         if streamer is not None and len(requests) > 1:
             raise ValueError(f"a streamer is for one prompt, got {len(requests)}; leave it out, or use model.serve()")
+        for request in requests:
+            check_pages(request, self.kernel.state)
         with self._serve(max_waiting=len(requests)) as engine:
-            for request in requests:
-                engine.check_pages(request)
             streams = [engine.enqueue(request) for request in requests]
             engine.finish()
             if streamer is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from tri_mpk.batch_kernel import BatchKernel
+from tri_mpk.batch_state import BatchState
 from tri_mpk.errors import EngineClosedError, EngineFullError
 from tri_mpk.generation import GenerationRequest, resolve
 from tri_mpk.ops import advance
@@ -106,7 +108,7 @@ class Stream:
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
         for loop, changed in waiters:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a loop that is closed waits for nothing
                 loop.call_soon_threadsafe(_wake, changed)
 
 
@@ -115,14 +117,27 @@ def _wake(changed: asyncio.Future) -> None:
         changed.set_result(None)
 
 
+def check_pages(request: GenerationRequest, state: BatchState) -> None:
+    """ValueError for a request that would not fit if it were alone."""
+    pages = -(-request.max_length // state.page_size)
+    if pages > state.num_pages:
+        raise ValueError(
+            f"{len(request.prompt)} prompt tokens and {request.max_length - len(request.prompt)} new ones need {pages}"
+            f" pages of {state.page_size} tokens, but there are {state.num_pages}; ask for fewer or load the model with"
+            " more num_pages"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What a launch did: steps, those of them with tokens, their tokens, and sequences that had to give pages back."""
+    """What a launch did: steps, those of them with tokens, their tokens, sequences that had to give their pages back,
+    and pages that sequences began with because others begin with the same tokens."""
 
     steps: int
     busy_steps: int
     tokens: int
     preemptions: int
+    shared_pages: int
 
 
 class Engine:
@@ -192,7 +207,7 @@ class Engine:
 
     def enqueue(self, request: GenerationRequest, timeout: float | None = None) -> Stream:
         """`submit` of parameters that are resolved already."""
-        self.check_pages(request)
+        check_pages(request, self.state)
         stream = Stream(self, request)
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self.max_waiting, timeout)
@@ -209,16 +224,6 @@ class Engine:
                 )
             self._waiting.append(stream)
         return stream
-
-    def check_pages(self, request: GenerationRequest) -> None:
-        """ValueError for a request that would not fit if it were alone."""
-        pages = -(-request.max_length // self.state.page_size)
-        if pages > self.state.num_pages:
-            raise ValueError(
-                f"{len(request.prompt)} prompt tokens and {request.max_length - len(request.prompt)} new ones need"
-                f" {pages} pages of {self.state.page_size} tokens, but there are {self.state.num_pages}; ask for fewer"
-                " or load the model with more num_pages"
-            )
 
     def finish(self) -> None:
         """No more requests. Those that are there go on; the kernel ends with the last of them."""
@@ -322,7 +327,9 @@ class Engine:
 
     def _read_statistics(self) -> Statistics:
         counters = self.state.counters.data.tolist()
-        names = (advance.NUM_STEPS, advance.NUM_BUSY_STEPS, advance.NUM_TOKENS, advance.NUM_PREEMPTIONS)
+        names = (
+            advance.NUM_STEPS, advance.NUM_BUSY_STEPS, advance.NUM_TOKENS, advance.NUM_PREEMPTIONS, advance.NUM_SHARED
+        )  # fmt: skip
         return Statistics(*(counters[name.value] for name in names))
 
 

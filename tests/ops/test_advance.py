@@ -18,22 +18,26 @@ from tri_mpk.scheduler import device
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run(number: int) -> None:
+def run(*arguments: object) -> str:
     """In a process whose Triton interprets; see tests/advance_kernels.py."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(TESTS / "advance_kernels.py"), "random", str(number)]
+    command = [sys.executable, "-W", "ignore", str(TESTS / "advance_kernels.py"), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert result.stdout.count("preempted") >= number
+    return result.stdout
 
 
 def test_some_launches():
-    run(4)
+    assert run("random", 4).count("preempted") >= 4
+
+
+def test_equal_beginnings_share_pages():
+    assert "shared" in run("alike")
 
 
 @pytest.mark.slow
 def test_many_launches():
-    run(60)
+    assert run("random", 60).count("preempted") >= 60
 
 
 def test_the_reference_shares_out_all_tokens():
