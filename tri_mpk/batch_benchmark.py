@@ -95,7 +95,10 @@ def place_sequences(
         table[i, :count] = pages[dealt : dealt + count]
         dealt += count
     plan.page_table.data.copy_(table)
-    state.free_pages.data[: state.num_pages - dealt].copy_(pages[dealt:])
+    users = torch.zeros_like(pages)
+    users[pages[:dealt].long()] = 1
+    state.free_pages.data[0, : state.num_pages - dealt].copy_(pages[dealt:])
+    state.free_pages.data[1].copy_(users)
 
     slots = torch.zeros(state.slots.dims, dtype=torch.int32)
     slots[advance.SLOT_STATUS.value, :number] = advance.RUNS.value
