@@ -68,12 +68,12 @@ def test_the_command(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     monkeypatch.setattr(serving_benchmark, "geometry", lambda _: tiny_config())
     quick = functools.partial(run_serving_bench, num_workers=2, progress=False)
     monkeypatch.setattr(script, "run_serving_bench", quick)
-    arguments = ["--geometry", "Tiny", "--rate", "20", "inf", "--requests", "3", "--prompt", "1", "6"]
+    arguments = ["--geometry", "Tiny", "--rate", "20", "--requests", "3", "--prompt", "1", "6"]
     arguments += ["--output", "1", "3", "--max-batch-size", "2", "--tokens-per-step", "4", "--commit", "abc"]
     assert script.main([*arguments, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "Tiny_cpu.json").read_text())
-    assert (report["commit"], report["launches"], report["settings"]["max_seq_len"]) == ("abc", 3, 128)
-    assert [row["rate"] for row in report["rows"]] == [20, "inf"]
+    assert (report["commit"], report["launches"], report["settings"]["max_seq_len"]) == ("abc", 2, 128)
+    assert [row["rate"] for row in report["rows"]] == [20]
     requests = arrivals(Traffic(1.0, 3, (1, 6), (1, 3)), 96)
     for row in report["rows"]:
         assert row["requests"] == 3 and row["tokens"] == sum(len(r.prompt) + r.num_new - 1 for r in requests)

@@ -114,7 +114,7 @@ def store(cache: Tensor, position: Tensor, new: Tensor) -> None:
     if len(position) == 1:
         cache.index_copy_(2, position, new)
     else:
-        cache.scatter_(2, position[:, None, None, None].expand_as(new), new)
+        cache[torch.arange(len(position), device=cache.device), :, position] = new[:, :, 0]
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
