@@ -42,7 +42,7 @@ def batch_attention_tile(
     rows = tl.arange(0, BLOCK_M)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_items = tl.load(counts_ptr)
-    for index in tl.range(part, num_items, NUM_PARTS, num_stages=1):
+    for index in tl.range(part, num_items, NUM_PARTS, num_stages=1, disable_licm=True):
         item = tl.load(items_ptr + index)
         token0 = item & 0xFFFF
         split = item >> 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tri_mpk.batch_kernel
-from batches import BatchDecoder
+from batches import BatchDecoder, tiny_batches
 from tolerances import MODEL_TOLERANCES, check_close
 from tri_mpk.ops.batch_attention import BATCH_ATTENTION
 from tri_mpk.ops.op import Policy
@@ -38,7 +38,7 @@ def check_step(decoder: BatchDecoder, work: dict[int, list[int]], silent: tuple[
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def decoder(request) -> BatchDecoder:
-    return BatchDecoder(**request.param)
+    return tiny_batches(request.param["family"], {k: v for k, v in request.param.items() if k != "family"})
 
 
 def test_mixed_steps(decoder):
@@ -55,10 +55,8 @@ def small_splits():
     """Attention has several splits and token blocks, and there are more tokens than a product takes at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tri_mpk.batch_kernel, "SPLIT_TOKENS", 64)
-        yield BatchDecoder(
-            max_seq_len=256, max_tokens_per_step=48, max_batch_size=3, num_attention_heads=4, head_dim=32,
-            max_position_embeddings=512,
-        )  # fmt: skip
+        changes = {"num_attention_heads": 4, "max_position_embeddings": 512}
+        yield tiny_batches(changes=changes, max_seq_len=256, max_tokens_per_step=48, max_batch_size=3)
 
 
 def test_long_sequences(small_splits):
@@ -98,7 +96,7 @@ def test_a_step_without_tokens_touches_nothing(decoder):
 def test_same_bits_with_dynamic_attention():
     results = []
     for policy in ("static", "hybrid"):
-        decoder = BatchDecoder(policy=policy)
+        decoder = tiny_batches(policy=policy)
         results.append(decoder.step({0: [1, 2, 3], 2: [4] * 9, 1: [5]}))
         dynamic = [call.op for call in decoder.kernel.calls if call.policy is Policy.DYNAMIC]
         assert dynamic == ([BATCH_ATTENTION] if policy == "hybrid" else [])
