@@ -115,26 +115,25 @@ def give_back(
 @triton.jit
 def share_pages(
     page_table_ptr, users_ptr, tokens_ptr, slots, slot, length, computed,
-    L: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAGE: tl.constexpr,
+    L: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A slot begins with the pages of the one that has most of its tokens in front. Returns how many pages these are.
 
     `computed`: pages of every slot, from the first one on, whose tokens are all processed. One token at least is left.
     """
-    common = tl.where(slots == slot, 0, tl.minimum(computed, (length - 1) // PAGE_SIZE))
-    page = length * 0
-    while page < tl.max(common, axis=0):
-        places = tl.arange(0, BLOCK_PAGE)
-        at = page * PAGE_SIZE + places
-        mine = tl.load(tokens_ptr + slot.to(tl.int64) * L + at, mask=places < PAGE_SIZE, other=0)
+    common = tl.where(slots == slot, 0, tl.minimum(computed, (length - 1) // PAGE_SIZE))  # pages
+    first = length * 0
+    while first < tl.max(common, axis=0) * PAGE_SIZE:
+        place = first + tl.arange(0, BLOCK_TOKENS)
+        mine = tl.load(tokens_ptr + slot.to(tl.int64) * L + place, mask=place < length, other=-1)
         theirs = tl.load(
-            tokens_ptr + slots.to(tl.int64)[:, None] * L + at[None, :],
-            mask=(page < common)[:, None] & (places < PAGE_SIZE)[None, :],
-            other=0,
+            tokens_ptr + slots.to(tl.int64)[:, None] * L + place[None, :],
+            mask=place[None, :] < (common * PAGE_SIZE)[:, None],
+            other=-1,
         )
-        differs = tl.max(((mine[None, :] != theirs) & (places < PAGE_SIZE)[None, :]).to(tl.int32), axis=1) > 0
-        common = tl.where(differs, tl.minimum(common, page), common)
-        page += 1
+        same = tl.min(tl.where(mine[None, :] == theirs, 0x7FFFFFFF, place[None, :]), axis=1)
+        common = tl.minimum(common, same // PAGE_SIZE)
+        first += BLOCK_TOKENS
     number = tl.max(common, axis=0)
     other = tl.max(tl.where((common == number) & (number > 0), slots, -1), axis=0)
     places = tl.arange(0, BLOCK)
@@ -238,7 +237,7 @@ def advance_requests(
     chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
     tickets_size, results_size, prompts_size,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_PAGE: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """`host`: the words HOST_STOP to HOST_CANCELS, read earlier, if this step looks at them."""
     MAX_PAGES: tl.constexpr = (L + PAGE_SIZE - 1) // PAGE_SIZE
@@ -357,7 +356,7 @@ def advance_requests(
         its_length = tl.sum(tl.where(slots == slot, length, 0), axis=0)
         number = share_pages(
             page_table_ptr, users_ptr, tokens_ptr, slots, slot, its_length, computed,
-            L, PAGE_SIZE, MAX_PAGES, BLOCK_PAGES, BLOCK_PAGE,
+            L, PAGE_SIZE, MAX_PAGES, BLOCK_PAGES, BLOCK_TOKENS,
         )  # fmt: skip
         num_pages = tl.where(slots == slot, number, num_pages)
         done = tl.where(slots == slot, number * PAGE_SIZE, done)
@@ -432,7 +431,7 @@ def advance_tile(
     slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,  # in and out
     tickets_size, results_size, prompts_size,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_PAGE: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     looks = tl.load(counters_ptr + LOOKS) != 0  # as the last step left it
     # a journey over the bus, during the wait
@@ -444,7 +443,7 @@ def advance_tile(
         first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
         chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
         tickets_size, results_size, prompts_size,
-        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_PAGE, PORTABLE,
+        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_TOKENS, PORTABLE,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -478,6 +477,11 @@ class RingSizes:
     @property
     def num_words(self) -> int:
         return self.prompts_at + self.prompts
+
+
+def compared_tokens(num_slots: int) -> int:
+    """Tokens of all slots that are compared at a time: few numbers per thread."""
+    return max(1, 2048 // next_power_of_2(max(num_slots, 32)))
 
 
 def cut_advance(
@@ -518,7 +522,7 @@ def cut_advance(
     constants = {
         "S": num_slots, "T": token_ids.numel, "L": length, "PAGE_SIZE": page_size,
         "BLOCK_S": next_power_of_2(max(num_slots, 2)), "BLOCK_PAGES": next_power_of_2(max(page_table.dims[1], 2)),
-        "BLOCK_PAGE": next_power_of_2(max(page_size, 2)),
+        "BLOCK_TOKENS": compared_tokens(num_slots),
     }  # fmt: skip
     cut = Cut(constants, reads | plan | state)
     sizes = {"tickets_size": rings.tickets, "results_size": rings.results, "prompts_size": rings.prompts}

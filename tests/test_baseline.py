@@ -19,10 +19,13 @@ from transformers import (
 
 from tri_mpk.baseline import (
     ATTENTIONS,
+    BATCH_ATTENTIONS,
     StaticCacheDecoder,
     bucket,
     copy_bandwidth_gbps,
     measure_baseline,
+    measure_batches,
+    prefill_ms,
     reference_logits,
 )
 
@@ -101,6 +104,38 @@ def test_decoder_equals_transformers(family: str, pack: bool, attention: str):
     torch.testing.assert_close(full_logits(model, tokens), expected)  # packing left it usable
 
 
+@pytest.mark.parametrize("attention", sorted({*ATTENTIONS, *BATCH_ATTENTIONS}))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_batch_of_sequences_of_different_lengths(family: str, attention: str):
+    """Three sequences, each at a position of its own, equal three decoders of one."""
+    model = tiny_model(family)
+    tokens = torch.randint(0, TINY["vocab_size"], (3, 7))
+    starts = torch.tensor([0, 5, 300])
+    batch = StaticCacheDecoder(model, max_seq_len=512, attention=attention, batch_size=3)
+    batch.k_cache.normal_()
+    batch.v_cache.normal_()
+    expected = []
+    for i, start in enumerate(starts):
+        one = StaticCacheDecoder(model, max_seq_len=512)
+        one.k_cache.copy_(batch.k_cache[:, i : i + 1])
+        one.v_cache.copy_(batch.v_cache[:, i : i + 1])
+        steps = [one.step(tokens[i, n : n + 1], start[None] + n) for n in range(7)]
+        expected.append(torch.cat(steps))
+    actual = torch.stack([batch.step(tokens[:, n], starts + n) for n in range(7)], 1)
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert batch.next_token(tokens[:, 6], starts + 6).tolist() == actual[:, -1].argmax(-1).tolist()
+
+
+def test_reference_of_a_batch():
+    model = tiny_model("qwen3")
+    tokens = torch.tensor([5, 6, 7, 8])
+    cache = torch.randn(2, 3, 4, 2, 9, 16)  # k and v, layers, sequences, heads, positions
+    actual = reference_logits(model, *cache, tokens, 9)
+    for i in range(4):
+        expected = reference_logits(model, *cache[:, :, i : i + 1], tokens[i : i + 1], 9)
+        torch.testing.assert_close(actual[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_reference_equals_transformers(family: str):
     model = tiny_model(family)
@@ -164,6 +199,22 @@ def test_measure_reports_the_fastest():
         assert set(row["tried"]) == {"eager/sdpa", "eager/split"}
         assert row["ms_p50"] == min(row["tried"].values())
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+
+
+def test_measure_batches():
+    model = tiny_model("llama")
+    rows = list(measure_batches(model, (1, 3), 300, mode="eager", samples=2, replays=1))
+    assert [(row["batch"], row["cache_len"]) for row in rows] == [(1, 512), (3, 512)]
+    assert [set(row["tried"]) for row in rows] == [{"eager/sdpa", "eager/split"}, {"eager/split", "eager/rows"}]
+    assert all(row["ms_p50"] == min(row["tried"].values()) > 0 for row in rows)
+
+
+def test_prefill_leaves_the_model_as_it_was():
+    model = tiny_model("qwen3")
+    model.set_attn_implementation("eager")
+    times = prefill_ms(model, 20, repeats=2)
+    assert len(times) == 2 and min(times) > 0
+    assert model.config._attn_implementation == "eager"
 
 
 def test_bucket():

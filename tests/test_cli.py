@@ -198,6 +198,30 @@ def test_bench_takes_several_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert invoke("bench", "--geometry", "a", "--context", "0").exit_code == 2
 
 
+def test_bench_takes_several_batch_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    calls = []
+
+    def run_batch_bench(geometry_name: str, batches: list[int], context: int, **options: object) -> dict:
+        calls.append((geometry_name, batches, context, options))
+        rows = [{"batch": batch, "ms_p50": 4.5} for batch in batches]
+        facts = {"compiles": 1, "launches": 7, "empty_step_ms": 0.25, "one_sequence": None, "prompt": {"prompt": 2048}}
+        return {"rows": rows, "failures": ["too far"] if context == 9 else [], **facts}
+
+    monkeypatch.setattr("tri_mpk.batch_benchmark.run_batch_bench", run_batch_bench)
+    file = tmp_path / "report.json"
+    result = invoke("bench", "--geometry", "Qwen3-8B", "--batch", "1", "8", "64", "--json", str(file))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(file.read_text())["rows"][2]["batch"] == 64
+    assert "ms_p50" in result.stdout and "compiles" in result.stdout and "0.25" in result.stdout
+    result = invoke("bench", "--geometry", "a", "--batch", "2,4", "--context", "64", "--no-baseline", "--json", "-")
+    assert json.loads(result.stdout)["compiles"] == 1
+    assert [call[:3] for call in calls] == [("Qwen3-8B", [1, 8, 64], 512), ("a", [2, 4], 64)]
+    assert calls[0][3]["num_steps"] == 32 and calls[1][3]["baseline"] is False
+    assert invoke("bench", "--geometry", "a", "--batch", "2", "--context", "9").exit_code == 1
+    assert invoke("bench", "--geometry", "a", "--batch", "2", "--context", "8", "9").exit_code == 2
+    assert invoke("bench", "--geometry", "a", "--batch", "0").exit_code == 2
+
+
 def test_tune_shows_what_was_tried(monkeypatch: pytest.MonkeyPatch):
     knobs = {"num_workers": 4, "slot_bytes": 8192, "block_kv": 32, "num_splits": 2}
     trial = knobs | {"estimated_ms": 0.9, "ms": 1.0, "failure": None}

@@ -1,7 +1,8 @@
 """The strong kernel-per-operator baseline that the megakernel is measured against.
 
-Batch 1, static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses and one
-CUDA graph replays; and the bandwidth of a device copy, the yardstick of bytes per token.
+Static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses and one CUDA graph
+replays, for one sequence or for a batch; transformers' own prefill; and the bandwidth of a device
+copy, the yardstick of bytes per token.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from tri_mpk.reference import (
     check_supported,
@@ -30,23 +31,27 @@ from tri_mpk.reference import (
 
 __all__ = [
     "ATTENTIONS",
+    "BATCH_ATTENTIONS",
     "StaticCacheDecoder",
     "bucket",
     "copy_bandwidth_gbps",
     "measure_baseline",
+    "measure_batches",
+    "prefill_ms",
     "reference_logits",
 ]
 
 ATTENTIONS = ("sdpa", "split")
+BATCH_ATTENTIONS = ("split", "rows")  # "sdpa" may expand k and v to all heads, which a batch makes dearer
 SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
 
 
 class StaticCacheDecoder:
-    """Decodes one token at a time with the weights of a Hugging Face causal LM, where they lie.
+    """Decodes a token of each sequence at a time with the weights of a Hugging Face causal LM, where they lie.
 
     With `pack`, q, k, v and gate, up become one tensor each, and the model's own parameters become
     views of it: no weight exists twice, and the model stays usable.
-    k_cache, v_cache: [L, 1, num_kv_heads, max_seq_len, head_dim], the dtype of the model.
+    k_cache, v_cache: [L, B, num_kv_heads, max_seq_len, head_dim], the dtype of the model.
     """
 
     def __init__(
@@ -55,10 +60,11 @@ class StaticCacheDecoder:
         max_seq_len: int,
         pack: bool = True,
         attention: str = "sdpa",
+        batch_size: int = 1,
     ) -> None:
         check_supported(hf_model, max_seq_len)
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} is not known; choose one of {ATTENTIONS}")
+        if attention not in _ATTEND:
+            raise ValueError(f"attention={attention!r} is not known; choose one of {tuple(_ATTEND)}")
         self.hf_model = hf_model
         self.attention = attention
         self.shape = model_shape(hf_model)
@@ -66,13 +72,13 @@ class StaticCacheDecoder:
         self.norm = hf_model.model.norm.weight.detach()
         self.lm_head = linear_of(hf_model.lm_head)
         self.layers = [layer_weights(layer, pack) for layer in hf_model.model.layers]
-        self.allocate_cache(max_seq_len)
+        self.allocate_cache(max_seq_len, batch_size)
 
-    def allocate_cache(self, max_seq_len: int) -> None:
+    def allocate_cache(self, max_seq_len: int, batch_size: int = 1) -> None:
         """A cache of zeros, and rotary tables [max_seq_len, head_dim] of the model's own module."""
         check_supported(self.hf_model, max_seq_len)
         device = self.embedding.device
-        size = (len(self.layers), 1, self.shape.num_kv_heads, max_seq_len, self.shape.head_dim)
+        size = (len(self.layers), batch_size, self.shape.num_kv_heads, max_seq_len, self.shape.head_dim)
         self.k_cache = torch.zeros(size, dtype=self.embedding.dtype, device=device)
         self.v_cache = torch.zeros_like(self.k_cache)
         self._k_layers, self._v_layers = _unaliased(self.k_cache), _unaliased(self.v_cache)
@@ -80,50 +86,70 @@ class StaticCacheDecoder:
         self.cos, self.sin = rotary_tables(self.hf_model, self.positions, self.embedding.dtype)
 
     def _logits(self, token: Tensor, position: Tensor) -> Tensor:
-        attention = attention_sdpa if self.attention == "sdpa" else attention_split
-        mask = self.positions <= position
+        attention = _ATTEND[self.attention]
+        mask = self.positions <= position[:, None]
 
         def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._k_layers[idx].index_copy_(2, position, k)
-            self._v_layers[idx].index_copy_(2, position, v)
+            store(self._k_layers[idx], position, k)
+            store(self._v_layers[idx], position, v)
             return attention(q, self._k_layers[idx], self._v_layers[idx], mask)
 
         x = F.embedding(token, self.embedding)
-        cos, sin = self.cos[position], self.sin[position]
+        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
         for idx, layer in enumerate(self.layers):
             x = decode_layer(x, idx, layer, self.shape, cos, sin, attend)
         return F.linear(rms_norm(x, self.norm, self.shape.eps), *self.lm_head)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """token [1] int64 at position [1] int64 -> logits [1, vocab] fp32; stores its k and v."""
+        """token [B] int64 at position [B] int64 -> logits [B, vocab] fp32; stores its k and v."""
         return self._logits(token, position).float()
 
     def next_token(self, token: Tensor, position: Tensor) -> Tensor:
-        """The greedy next token, [1] int64."""
+        """The greedy next token, [B] int64."""
         return self._logits(token, position).argmax(-1)
 
 
+def store(cache: Tensor, position: Tensor, new: Tensor) -> None:
+    """cache [B, KV, S, dh] at position [B] = new [B, KV, 1, dh]."""
+    if len(position) == 1:
+        cache.index_copy_(2, position, new)
+    else:
+        cache[torch.arange(len(position), device=cache.device), :, position] = new[:, :, 0]
+
+
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [1, H, 1, dh], k and v [1, KV, S, dh], mask [S] bool -> [1, H, 1, dh]."""
-    return F.scaled_dot_product_attention(q, k, v, mask[None, None, None], enable_gqa=True)
+    """q [B, H, 1, dh], k and v [B, KV, S, dh], mask [B, S] bool -> [B, H, 1, dh]."""
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True)
+
+
+def attention_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with the heads of a group as rows of one query, so that k and v are used as they are."""
+    batch, heads, _, dh = q.shape
+    kv_heads = k.shape[1]
+    rows = q.view(batch, kv_heads, heads // kv_heads, dh)
+    return F.scaled_dot_product_attention(rows, k, v, mask[:, None, None]).reshape(batch, heads, 1, dh)
 
 
 def attention_split(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same with the KV length cut into parts, so that few KV heads still fill a GPU."""
-    _, heads, _, dh = q.shape
+    batch, heads, _, dh = q.shape
     _, kv_heads, seq_len, _ = k.shape
     parts = seq_len // SPLIT_TOKENS if seq_len % SPLIT_TOKENS == 0 else 1
-    group = heads // kv_heads
-    q = q.view(kv_heads, 1, group, dh).expand(kv_heads, parts, group, dh)
-    k, v = k.view(kv_heads, parts, -1, dh), v.view(kv_heads, parts, -1, dh)
+    group, pairs = heads // kv_heads, batch * kv_heads
+    q = q.view(pairs, 1, group, dh).expand(pairs, parts, group, dh)
+    k, v = k.view(pairs, parts, -1, dh), v.view(pairs, parts, -1, dh)
+    mask = mask.view(batch, 1, parts, 1, -1).expand(batch, kv_heads, parts, 1, -1).reshape(pairs, parts, 1, -1)
 
-    scores = (q @ k.transpose(2, 3)).float() * dh**-0.5  # [KV, parts, group, S / parts]
-    scores = scores.masked_fill(~mask.view(1, parts, 1, -1), float("-inf"))
+    scores = (q @ k.transpose(2, 3)).float() * dh**-0.5  # [B * KV, parts, group, S / parts]
+    scores = scores.masked_fill(~mask, float("-inf"))
     scores = scores - scores.amax((1, 3), keepdim=True)
     probs = scores.exp()
     probs = probs / probs.sum((1, 3), keepdim=True)
-    out = (probs.to(v.dtype) @ v).float().sum(1)  # [KV, group, dh]
-    return out.to(v.dtype).view(1, heads, 1, dh)
+    out = (probs.to(v.dtype) @ v).float().sum(1)  # [B * KV, group, dh]
+    return out.to(v.dtype).view(batch, heads, 1, dh)
+
+
+_ATTEND = {"sdpa": attention_sdpa, "split": attention_split, "rows": attention_rows}
 
 
 def _unaliased(cache: Tensor) -> list[Tensor]:
@@ -172,15 +198,16 @@ def measure_decoder(
     attentions: Sequence[str] = ATTENTIONS,
     samples: int = 50,
     replays: int = 10,
+    batch_size: int = 1,
 ) -> list[dict[str, Any]]:
-    """`measure_baseline` of a decoder that is there."""
+    """`measure_baseline` of a decoder that is there. All sequences of a batch have the same context."""
     inductor_modes: tuple[str | None, ...] = (None,)
     if mode == "compile":
         inductor_modes = ("default", "max-autotune-no-cudagraphs") if autotune else ("default",)
     rows = []
     for context in contexts:
         cache_len = bucket(context, max_seq_len)
-        decoder.allocate_cache(cache_len)
+        decoder.allocate_cache(cache_len, batch_size)
         decoder.k_cache.normal_()
         decoder.v_cache.normal_()
         tried = []
@@ -205,6 +232,50 @@ def measure_decoder(
         medians = {f"{r['inductor_mode'] or mode}/{r['attention']}": r["ms_p50"] for r in tried}
         rows.append({**best, "tried": medians})
     return rows
+
+
+def measure_batches(
+    hf_model: PreTrainedModel,
+    batch_sizes: Sequence[int],
+    context: int,
+    mode: str = "compile",
+    attentions: Sequence[str] = BATCH_ATTENTIONS,
+    samples: int = 30,
+    replays: int = 5,
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds per step of each batch size, a row as `measure_baseline` returns it, with `batch`.
+
+    For one sequence `ATTENTIONS` are tried instead, unless only one is wanted.
+    """
+    decoder = StaticCacheDecoder(hf_model, max_seq_len=1)
+    for batch_size in batch_sizes:
+        tried = ATTENTIONS if batch_size == 1 and len(attentions) > 1 else attentions
+        (row,) = measure_decoder(
+            decoder, (context,), mode=mode, attentions=tried, samples=samples, replays=replays, batch_size=batch_size
+        )
+        yield {"batch": batch_size, **row}
+    torch.compiler.reset()  # what was compiled holds on to the cache
+
+
+@torch.no_grad()
+def prefill_ms(hf_model: PreTrainedModel, length: int, repeats: int = 10) -> list[float]:
+    """Samples of the time to first token of a prompt: transformers' forward with a new KV cache, and the best token.
+
+    Attention is "sdpa", which runs FlashAttention on a GPU. By the host's clock: the token has arrived there.
+    """
+    before = hf_model.config._attn_implementation
+    hf_model.set_attn_implementation("sdpa")
+    device = hf_model.device
+    prompt = torch.randint(hf_model.config.vocab_size, (1, length), device=device)
+    times_ms = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        cache = DynamicCache(config=hf_model.config)
+        logits = hf_model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        int(logits[0, -1].argmax())
+        times_ms.append((time.perf_counter() - start) * 1e3)
+    hf_model.set_attn_implementation(before)
+    return times_ms[3:]
 
 
 def bucket(context: int, max_seq_len: int | None = None) -> int:
@@ -233,7 +304,7 @@ def _time_decoder(
 ) -> tuple[list[float], float]:
     """Samples in ms per token, and the seconds that compiling took."""
     device = decoder.embedding.device
-    token = torch.zeros(1, dtype=torch.int64, device=device)
+    token = torch.zeros(decoder.k_cache.shape[1], dtype=torch.int64, device=device)
     position = torch.full_like(token, context - 1)
     next_token: Callable[[Tensor, Tensor], Tensor] = decoder.next_token
     start = time.perf_counter()

@@ -146,18 +146,22 @@ def logits_at(model: CausalLM, position: int, token: int) -> Tensor:
     return logits if model.ranks is None else model.ranks.gather(logits)
 
 
-def dense_cache(model: CausalLM, length: int, caches: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Copies of the first `length` keys and values: [L, 1, num_kv_heads, length, head_dim] each.
+def dense_cache(
+    model: CausalLM, length: int, caches: dict[str, Tensor] | None = None, sequences: Sequence[int] = (0,)
+) -> tuple[Tensor, Tensor]:
+    """Copies of the first `length` keys and values: [L, sequences, num_kv_heads, length, head_dim] each.
 
-    `caches`: by name, in place of the model's own.
+    `caches`: by name, in place of the model's own. `sequences`: rows of the page table, where there are several.
     """
     tensors = model.kernel.tensors
-    pages = tensors["page_table"].data[: -(-length // PAGE_SIZE)].long()
+    table = tensors["page_table"].data
+    table = table[None] if table.dim() == 1 else table
+    pages = table[list(sequences), : -(-length // model.batching.page_size)].long()
     caches = caches or {name: tensor.data for name, tensor in tensors.items() if name.endswith("_cache")}
 
     def dense(kind: str) -> Tensor:
         paged = (caches[f"L{i:02d}.{kind}_cache"][pages] for i in range(model.shape.num_layers))
-        return torch.stack([p.transpose(0, 1).flatten(1, 2)[None, :, :length] for p in paged])
+        return torch.stack([p.transpose(1, 2).flatten(2, 3)[:, :, :length] for p in paged])
 
     return dense("k"), dense("v")
 

@@ -56,7 +56,7 @@ class RankDecoder(StaticCacheDecoder):
     def _logits(self, token: Tensor, position: Tensor) -> Tensor:
         """This rank's rows of the vocabulary only."""
         attention = attention_sdpa if self.attention == "sdpa" else attention_split
-        mask = self.positions <= position
+        mask = self.positions <= position[:, None]
 
         def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._k_layers[idx].index_copy_(2, position, k)

@@ -52,9 +52,9 @@ def reference_logits(
     position: Tensor | int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits [1, vocab] fp32 of token [1] at `position`, computed eagerly in `dtype`.
+    """Logits [B, vocab] fp32 of tokens [B], all at `position`, computed eagerly in `dtype`.
 
-    Reads k_cache, v_cache [L, 1, num_kv_heads, S, head_dim] below `position` and leaves them
+    Reads k_cache, v_cache [L, B, num_kv_heads, S, head_dim] below `position` and leaves them
     unchanged. Weights are cast layer by layer, so an 8B model needs no second copy of itself.
     """
     seq_len = int(position)
@@ -87,19 +87,21 @@ def decode_layer(
     attend: Attend,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """One layer for one token: x [1, D] -> [1, D]. `attend` returns [1, H, 1, head_dim].
+    """One layer for one token of each sequence: x [B, D] -> [B, D]. `attend` returns [B, H, 1, head_dim].
 
+    cos, sin: [1, head_dim] for all of them, or [B, 1, 1, head_dim].
     `reduce`: adds up what several ranks have, each for its part of the heads and of the intermediate size.
     """
     reduce = reduce or (lambda part: part)
     heads, kv_heads, dh, ff, eps = shape
+    batch = len(x)
     y = rms_norm(x, layer.attention_norm, eps)
     q, k, v = project(y, layer.qkv, (heads * dh, kv_heads * dh, kv_heads * dh))
-    q, k, v = q.view(1, heads, 1, dh), k.view(1, kv_heads, 1, dh), v.view(1, kv_heads, 1, dh)
+    q, k, v = q.view(batch, heads, 1, dh), k.view(batch, kv_heads, 1, dh), v.view(batch, kv_heads, 1, dh)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
     out = attend(idx, rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x = x + reduce(F.linear(out.reshape(1, heads * dh), *layer.o))
+    x = x + reduce(F.linear(out.reshape(batch, heads * dh), *layer.o))
 
     gate, up = project(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, (ff, ff))
     return x + reduce(F.linear(F.silu(gate) * up, *layer.down))
@@ -112,13 +114,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [..., head_dim] by cos, sin [1, head_dim]."""
+    """Rotary embedding of x [..., head_dim] by cos, sin, which broadcast."""
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
 def project(x: Tensor, linears: tuple[Linear, ...], sizes: tuple[int, ...]) -> Sequence[Tensor]:
-    """x [1, K] through packed or separate linears: one [1, N] per entry of `sizes`."""
+    """x [B, K] through packed or separate linears: one [B, N] per entry of `sizes`."""
     if len(linears) == 1:
         return F.linear(x, *linears[0]).split(sizes, -1)
     return [F.linear(x, weight, bias) for weight, bias in linears]

@@ -60,7 +60,7 @@ class Commands(TyperGroup):
 
 
 class ManyValues(TyperCommand):
-    """`--context 64 512 4096`, `--context 64,512` and `--context 64 --context 512` all work."""
+    """`--context 64 512 4096`, `--context 64,512` and `--context 64 --context 512` all work; likewise `--batch`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         expanded: list[str] = []
@@ -68,14 +68,14 @@ class ManyValues(TyperCommand):
         while rest:
             arg = rest.pop(0)
             name, equals, value = arg.partition("=")
-            if name != "--context":
+            if name not in ("--context", "--batch"):
                 expanded.append(arg)
                 continue
             values = [value] if equals else []
             while rest and rest[0].replace(",", "").isdigit():
                 values.append(rest.pop(0))
             # without a value the bare flag stays, for typer to complain about
-            expanded += [f"--context={part}" for part in ",".join(values).split(",") if part] or ["--context"]
+            expanded += [f"{name}={part}" for part in ",".join(values).split(",") if part] or [name]
         return super().parse_args(ctx, expanded)
 
 

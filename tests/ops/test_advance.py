@@ -28,7 +28,7 @@ def run(*arguments: object) -> str:
 
 
 def test_some_launches():
-    assert run("random", 4).count("preempted") >= 4
+    assert run("random", 3).count("preempted") >= 3
 
 
 def test_equal_beginnings_share_pages():

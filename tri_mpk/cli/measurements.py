@@ -110,19 +110,34 @@ def bench(
     account: Annotated[
         bool, typer.Option("--account", help="Also show where the time goes: with waits, attention, ... taken away.")
     ] = False,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Batch sizes, all from one kernel for the largest; several may follow. --context: 512"
+        ),
+    ] = None,
     device: DeviceOption = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the report; '-': to standard output.")
     ] = None,
     progress: ProgressOption = True,
 ) -> None:
-    """Measure ms per token of a geometry with random weights.
+    """Measure ms per token of a geometry with random weights; with --batch, per step of many sequences.
+
+    With --batch also the time to first token of a prompt of 2048 tokens, and torch.compile and transformers beside it.
 
     \b
     Examples:
       tri-mpk bench --geometry Qwen3-8B --context 64 512 4096 --json report.json
       tri-mpk bench --geometry Llama-3.2-1B --context 512 --no-baseline --account
+      tri-mpk bench --geometry Qwen3-8B --batch 1 2 4 8 16 32 64
     """
+    if batch:
+        bench_batches(
+            geometry, batch, context, json_file, account=account, num_steps=num_tokens, launches=launches,
+            baseline=baseline, check=check, device=device, progress=progress,
+        )  # fmt: skip
+        return
     from tri_mpk.benchmark import run_bench
 
     result = run_bench(
@@ -139,6 +154,33 @@ def bench(
     print_table(columns, result["rows"])
     if account:
         print_table({"context": "context", "change": "change", "ms_p50": "ms_p50"}, result["account"])
+
+
+def bench_batches(
+    geometry: str,
+    batches: list[int],
+    contexts: list[int] | None,
+    json_file: str | None,
+    account: bool,
+    **options: object,
+) -> None:
+    from tri_mpk.batch_benchmark import DEFAULT_CONTEXT, run_batch_bench
+
+    if account or len(contexts or [0]) > 1:
+        raise ValueError("--batch goes with one --context, and without --account")
+    result = run_batch_bench(geometry, batches, contexts[0] if contexts else DEFAULT_CONTEXT, **options)
+    if json_file == "-":
+        print(json.dumps(result))
+    else:
+        if json_file:
+            Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
+            note(f"tri-mpk: wrote {json_file}")
+        columns = {key: key for row in result["rows"] for key, value in row.items() if not isinstance(value, dict)}
+        print_table(columns, result["rows"])
+        facts = {name: result[name] for name in ("compiles", "launches", "empty_step_ms", "one_sequence", "prompt")}
+        print_table({"what": "", "value": ""}, [{"what": name, "value": value} for name, value in facts.items()])
+    if result["failures"]:
+        raise AssertionError("; ".join(result["failures"]))
 
 
 def profile(
