@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from batches import BatchDecoder
-from decoders import tiny_config, transformers_model
+from decoders import in_bfloat16, tiny_config, transformers_model
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import random_model
 
@@ -33,7 +33,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def decoder(request) -> BatchDecoder:
-    model = transformers_model(copy.deepcopy(request.param)).to(CUDA, torch.bfloat16)
+    model = in_bfloat16(transformers_model(copy.deepcopy(request.param)).to(CUDA))
     return BatchDecoder(
         model, max_batch_size=8, max_tokens_per_step=64, max_seq_len=1024, page_size=128, num_workers=None
     )
@@ -45,7 +45,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_as_close_to_fp32_as_transformers_is(decoder):
     decoder.forget()
-    theirs = copy.deepcopy(decoder.theirs).to(torch.bfloat16)
+    theirs = in_bfloat16(copy.deepcopy(decoder.theirs))
     ours, their = [], []
     long = decoder.tokens(400)[0]
     decoder.step({5: long[:64]}, silent=(5,))
