@@ -370,6 +370,7 @@ def test_an_error_that_no_stream_has_seen_comes_from_close(kernel):
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_all_streams(kernel, monkeypatch):
     monkeypatch.setattr(InterpreterRuntime, "LEAVE_BOUND_S", 1.0)
     monkeypatch.setattr(kernel.runtime, "wait_bound_s", 0.5)
@@ -400,7 +401,7 @@ if sys.argv[2] == "killed":
 """
 
 
-@pytest.mark.parametrize("end", ["ends", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("ends", marks=pytest.mark.slow), "killed"])
 def test_a_process_that_ends_in_mid_flight_leaves_nothing_behind(end):
     """Without a word to the engine."""
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(Path(__file__).parent), end]
