@@ -68,8 +68,9 @@ def test_every_parameter_of_from_pretrained_has_a_flag(command: str):
 
     flags = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}
     for name, parameter in inspect.signature(from_pretrained).parameters.items():
-        if name in ("tensor_parallel", "reduce_dtype") and command == "chat":  # on one rank: it asks for input
-            continue
+        of_batches = ("max_batch_size", "max_tokens_per_step", "num_pages", "page_size")
+        if name in ("tensor_parallel", "reduce_dtype", *of_batches) and command == "chat":
+            continue  # one conversation, on one rank: it asks for input
         if parameter.kind is parameter.KEYWORD_ONLY and name != "profile":  # a command of its own
             assert f"--{name.replace('_', '-')}" in flags
 

@@ -112,6 +112,10 @@ def generate(
         str, typer.Option(metavar="auto|N", help="Ranks that share the model; auto: all that torchrun has started.")
     ] = "auto",
     reduce_dtype: Annotated[str, typer.Option(help="Of what ranks send each other.")] = "float32",
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Above 1: the kernel of many sequences.")] = 1,
+    max_tokens_per_step: Annotated[int, typer.Option(min=1, help="Of that kernel: how long a prompt's chunk is.")] = 64,
+    num_pages: Annotated[int | None, typer.Option(min=1, help="Of that kernel's KV cache.")] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 128,
     eos_token_id: EosOption = None,
     do_sample: DoSampleOption = None,
     temperature: TemperatureOption = None,
@@ -140,7 +144,8 @@ def generate(
     lm, tokenizer = load(
         model, hub_options(revision, cache_dir, local_files_only), progress, dtype=dtype, device=device,
         max_seq_len=max_seq_len, num_workers=num_workers, wait_bound_s=wait_bound_s, tuning=tuning, policy=policy,
-        tensor_parallel=tensor_parallel, reduce_dtype=reduce_dtype,
+        tensor_parallel=tensor_parallel, reduce_dtype=reduce_dtype, max_batch_size=max_batch_size,
+        max_tokens_per_step=max_tokens_per_step, num_pages=num_pages, page_size=page_size,
     )  # fmt: skip
     from transformers import TextStreamer
 
