@@ -10,8 +10,8 @@ import pytest
 
 from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment
 
-# The last number of a case: words stored and loaded. Most are in `advance`, which one worker runs once a step; with over
-# 64 tokens a step, also in the products, whose scales of all tokens are held through the loops.
+# The last number of a case: words stored and loaded. Most are in `advance`, which one worker runs once a step; with
+# more tokens than 64, also in the products, whose scales of all tokens are held through the loops.
 TILES_BYTES = 192 << 10  # of weights and activations on their way
 
 # Two layers have all variants. In a process of its own: see test_aot.py.
