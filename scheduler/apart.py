@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from .boxes import first_uncovered, intersect
 from .errors import RaceError, StepOverlapError, UnwrittenReadError, shared_text
@@ -26,8 +26,7 @@ from .graph import Box, Event, Events, Guard, Region, Schedule, Task, TaskGraph
 from .guards import GuardedHistory, announcers, guarded_tensors
 from .order import Order, derive_order
 
-Edge = tuple[int, int]  # parts of tasks, the first of which is done before the second
-Edges = dict[tuple[str, int], dict[int, set[int]]]  # per value and number: from the first parts to the second ones
+Edges = dict[int, set[int]]  # from parts of tasks to those that they are done before
 
 
 class Apart:
@@ -113,35 +112,6 @@ class Apart:
                 found[event].append(who)
         return found
 
-    # ---- what one value decides ----
-
-    def edges(self, order: Order) -> Edges:
-        """Per value and number what is done before what then, beyond what always is."""
-        events = self.events
-        signals, waiting = defaultdict(list), defaultdict(list)
-        for task, some in enumerate(events.signals):
-            for event in some:
-                signals[event].append(task)
-        for task, event in enumerate(events.wait):
-            if event >= 0 and events.events[event].count > 0:
-                waiting[event].append(task)
-        found: Edges = defaultdict(lambda: defaultdict(set))
-
-        def add(edge: Edge, guard: Guard) -> None:
-            if not order.happens_before(*edge):
-                for number in self.numbers_of(guard):
-                    found[guard.value, number][edge[0]].add(edge[1])
-
-        for task, uses in events.wait_if.items():
-            for use in (use for use in uses if events.events[use.event].count > 0):
-                for producer in signals[use.event]:
-                    add((self.body[producer], self.body[task]), use.guard)
-        for task, uses in events.signal_if.items():
-            for use in uses:
-                for consumer in waiting[use.event]:
-                    add((self.body[task], self.first[consumer]), use.guard)
-        return found
-
     def numbers_of(self, guard: Guard) -> list[int]:
         """Those in which it holds, of the ones that matter."""
         numbers = self.numbers[guard.value]
@@ -159,12 +129,9 @@ def _counted(events: Events, wait: list[int], signals: list[list[int]]) -> Event
     return Events([Event([], [], count) for count in counts], wait, signals)
 
 
-def reaches(order: Order, edges: dict[int, set[int]], first: int, second: int) -> bool:
-    """Whether `first` is done before `second`, by the order, by these edges, or by both in turn."""
+def reaches(order: Order, edges: Edges, first: int, second: int) -> bool:
+    """Whether `first` is done before `second`, by these edges and the order in turn; not by the order alone."""
     happens_before = order.happens_before
-    direct = edges.get(first, ())
-    if second in direct or any(happens_before(target, second) for target in direct) or happens_before(first, second):
-        return True
     reached, rest = [first], edges
     while reached:
         part = reached.pop()
@@ -184,19 +151,20 @@ def check_guarded_regions(apart: Apart, order: Order) -> tuple[int, int]:
     """Races and unwritten reads there; returns how many pairs are ordered and how many reads are covered."""
     graph = apart.graph
     num_pairs = num_reads = 0
-    edges = apart.edges(order)
+    ordered = _Order(apart, order)
     histories = {tensor: GuardedHistory() for tensor in guarded_tensors(graph)}
     written: dict[str, _Written] = defaultdict(_Written)
     for index, task in enumerate(graph.tasks):
         reads, writes = ([r for r in side if r.tensor in histories] for side in (task.reads, task.writes))
+        ordered.start(index)
         for regions, is_write in ((reads, False), (writes, True)):
             for region in regions:
-                direct, _, conditional = histories[region.tensor].before(region, is_write)
-                pairs = [(other, (None,)) for other in _members(direct)]
-                pairs += [(other, (own, guard)) for other, guard, own in conditional]
-                for other, guards in pairs:
-                    _require(apart, order, edges, other, index, guards)
-                num_pairs += len(pairs)
+                sure, conditional = histories[region.tensor].before(region, is_write)
+                if sure:
+                    ordered.require([(other, None, None) for other in sure])
+                if conditional:
+                    ordered.require(conditional)
+                num_pairs += len(sure) + len(conditional)
         for region in reads:
             if not graph.tensors[region.tensor].initialised:
                 _require_written(apart, index, region, written[region.tensor])
@@ -237,42 +205,82 @@ class _Written:
             del self.some[old]
 
 
-def _members(tasks: int) -> Iterator[int]:
-    while tasks:
-        lowest = tasks & -tasks
-        yield lowest.bit_length() - 1
-        tasks ^= lowest
+class _Order:
+    """Whether tasks are done before others, by the order that always holds and by what one value decides."""
 
+    def __init__(self, apart: Apart, order: Order) -> None:
+        self.apart, self.order = apart, order
+        # per value and number, what is done before what then, whether or not it always is
+        self._edges: dict[tuple[str, int], Edges] = defaultdict(lambda: defaultdict(set))
+        self._cases: dict[Guard, list[tuple[int, Edges]]] = {}
+        self._add_edges(apart)
 
-def _require(
-    apart: Apart, order: Order, edges: Edges, first: int, second: int, guards: tuple[Guard | None, ...]
-) -> None:
-    """The order has to follow from one of the guards alone; None: from none."""
-    a, b = apart.body[first], apart.body[second]
-    if first == second:
-        return
+    def _add_edges(self, apart: Apart) -> None:
+        events, first, body = apart.events, apart.first, apart.body
+        signals, waiting = defaultdict(list), defaultdict(list)
+        for task, some in enumerate(events.signals):
+            for event in some:
+                signals[event].append(body[task])
+        for task, event in enumerate(events.wait):
+            if event >= 0 and events.events[event].count > 0:
+                waiting[event].append(first[task])
+        for task, uses in events.wait_if.items():
+            for use in uses:
+                if events.events[use.event].count > 0:
+                    for _, edges in self._cases_of(use.guard):
+                        for producer in signals[use.event]:
+                            edges[producer].add(body[task])
+        for task, uses in events.signal_if.items():
+            for use in uses:
+                for _, edges in self._cases_of(use.guard):
+                    edges[body[task]].update(waiting[use.event])
 
-    def exception(guard: Guard) -> str | None:
-        for number in apart.numbers_of(guard):
-            if not reaches(order, edges.get((guard.value, number), {}), a, b):
-                return f"{guard.value} = {number}"
+    def start(self, task: int) -> None:
+        """Of what has to be done before this task `require` asks."""
+        self.task, self.part = task, self.apart.body[task]
+        self.done = self.order.done_before[self.part].tolist()  # an element of a list is read faster than of an array
+
+    def require(self, others: Iterable[tuple[int, Guard | None, Guard | None]]) -> None:
+        """These tasks have to be, by what is always so or by one of their guards alone."""
+        body, done, chain, position = self.apart.body, self.done, self.order.chain, self.order.position
+        for other, guard, own in others:
+            part = body[other]
+            if not (
+                done[chain[part]] > position[part]
+                or (own is not None and self._exception(part, own) is None)
+                or (guard is not None and guard is not own and self._exception(part, guard) is None)
+                or other == self.task
+            ):
+                raise self._race(other, guard)
+
+    def _exception(self, part: int, guard: Guard) -> int | None:
+        """A number for which the guard holds and this part of a task may not be done."""
+        done, chain, position = self.done, self.order.chain, self.order.position
+        for number, edges in self._cases_of(guard):
+            for target in edges.get(part, ()):
+                if target == self.part or done[chain[target]] > position[target]:
+                    break
+            else:
+                if not reaches(self.order, edges, part, self.part):
+                    return number
         return None
 
-    found = []
-    for guard in dict.fromkeys(guards):
-        if guard is not None:
-            found.append(exception(guard))
-            if found[-1] is None:
-                return
-    if order.happens_before(a, b):
-        return
-    when = f" when {found[-1]}" if found else ""
-    name = apart.graph.task_name
-    raise RaceError(
-        f"race: {shared_text(apart.graph, first, second)}{when}, but it does not follow from one value at a time that"
-        f" {name(second)} runs after {name(first)}. Let {name(first)} signal an event that {name(second)} waits for,"
-        " whatever the other values are."
-    )
+    def _cases_of(self, guard: Guard) -> list[tuple[int, Edges]]:
+        """The numbers for which it holds, of the ones that matter, and the edges there."""
+        if guard not in self._cases:
+            numbers = self.apart.numbers_of(guard)
+            self._cases[guard] = [(number, self._edges[guard.value, number]) for number in numbers]
+        return self._cases[guard]
+
+    def _race(self, first: int, guard: Guard | None) -> RaceError:
+        name, second = self.apart.graph.task_name, self.task
+        number = None if guard is None else self._exception(self.apart.body[first], guard)
+        when = "" if number is None else f" when {guard.value} = {number}"
+        return RaceError(
+            f"race: {shared_text(self.apart.graph, first, second)}{when}, but it does not follow from one value at a"
+            f" time that {name(second)} runs after {name(first)}. Let {name(first)} signal an event that {name(second)}"
+            " waits for, whatever the other values are."
+        )
 
 
 def _require_written(apart: Apart, task: int, region: Region, written: _Written) -> None:

@@ -145,9 +145,10 @@ class _ByValue:
         ]
         conditional = []
         for region, is_write in self.regions:
-            direct, beyond, some = self.histories[region.tensor].before(region, is_write)
-            needed |= direct
-            implied |= beyond
+            sure, some = self.histories[region.tensor].before(region, is_write)
+            for producer, ancestors in sure.items():
+                needed |= 1 << producer
+                implied |= ancestors
             conditional += some
         if not conditional:
             return needed, implied

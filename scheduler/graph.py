@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Box = tuple[tuple[int, int], ...]  # half-open interval per dimension
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
+class Guard(NamedTuple):  # a tuple, since verify looks up millions
     """Holds in the steps in which lo <= value < hi; with `absent`, in all other steps. `value` names a `Value`."""
 
     value: str

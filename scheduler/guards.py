@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .boxes import intersect, subtract
 from .graph import Box, Guard, Region, Task, TaskGraph
@@ -12,8 +13,7 @@ from .graph import Box, Guard, Region, Task, TaskGraph
 Conditional = tuple[int, Guard]  # a task to wait for in steps in which the guard holds
 
 
-@dataclass(frozen=True, slots=True)
-class _Access:
+class _Access(NamedTuple):
     task: int
     guard: Guard | None
     ancestors: int  # bit set of the tasks that are done before `task` in every step
@@ -40,18 +40,28 @@ class GuardedHistory:
             self._near.clear()
         return self._open[box]
 
-    def before(self, region: Region, is_write: bool) -> tuple[int, int, list[tuple[int, Guard, Guard | None]]]:
-        """(tasks to wait for, all that those wait for, tasks to wait for in some steps with their own guards)."""
-        direct = beyond = 0
+    def before(self, region: Region, is_write: bool) -> tuple[dict[int, int], list[tuple[int, Guard, Guard | None]]]:
+        """(tasks to wait for and all that those wait for, tasks to wait for in some steps with their own guards).
+
+        The steps are those in which both guards hold.
+        """
+        sure = {}
         conditional = []
+        guard = region.guard
         for reads, writes in map(self._open.__getitem__, self._meeting(region.box)):
-            for access in (*reads, *writes) if is_write else writes:
-                if access.guard is None and region.guard is None:
-                    direct |= 1 << access.task
-                    beyond |= access.ancestors
-                elif (guard := both(access.guard, region.guard)) is not None:
-                    conditional.append((access.task, guard, access.guard))
-        return direct, beyond, conditional
+            for task, own, ancestors in (*reads, *writes) if is_write else writes:
+                if guard is None and own is None:
+                    sure[task] = ancestors
+                elif guard is None or own is None:
+                    conditional.append((task, guard or own, own))
+                elif own.value != guard.value:  # no guard says both: this is weaker than they, and so safe
+                    conditional.append((task, guard, own))
+                else:
+                    lo = own.lo if own.lo > guard.lo else guard.lo
+                    hi = own.hi if own.hi < guard.hi else guard.hi
+                    if lo < hi:
+                        conditional.append((task, Guard(own.value, lo, hi), own))
+        return sure, conditional
 
     def record(self, region: Region, is_write: bool, task: int, ancestors: int) -> None:
         if is_write and region.guard is None:
@@ -63,17 +73,6 @@ class GuardedHistory:
                     for side, old in zip(self._sides(rest), gone, strict=True):
                         side += old
         self._sides(region.box)[is_write].append(_Access(task, region.guard, ancestors))
-
-
-def both(first: Guard | None, second: Guard | None) -> Guard | None:
-    """A guard that holds wherever both do; None if they never do. At least one is given.
-
-    Guards of two values have no common one: the second is weaker than both, and so safe.
-    """
-    if first is None or second is None or first.value != second.value:
-        return second or first
-    lo, hi = max(first.lo, second.lo), min(first.hi, second.hi)
-    return Guard(first.value, lo, hi) if lo < hi else None
 
 
 class WaitsSoFar:

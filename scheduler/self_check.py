@@ -409,7 +409,7 @@ def _change_one(
 
 def _other_guard(rng: random.Random, case: Case, old: Guard) -> Guard:
     """Of the same value: whoever knows that may not know another."""
-    return replace(_random_guard(rng, case.graph, old.absent), value=old.value)
+    return _random_guard(rng, case.graph, old.absent)._replace(value=old.value)
 
 
 def _random_task(rng: random.Random, case: Case, wanted: Callable[[int], bool] = lambda task: True) -> int:

@@ -65,6 +65,7 @@ from .errors import (
     StepOverlapError,
     missing_signal_text,
 )
+from .garbage import without_garbage_collection
 from .graph import MAX_SIGNALS, STEP_EVENT, Events, Schedule, TaskGraph, pool_entry
 from .order import Order, derive_order
 from .pools import check_pools
@@ -108,6 +109,7 @@ class Report:
         )
 
 
+@without_garbage_collection()
 def verify(
     graph: TaskGraph,
     events: Events,

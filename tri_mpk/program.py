@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +14,7 @@ from tri_mpk.ops.op import Machine, OpCall, Policy, TensorHandle
 from tri_mpk.scheduler.descriptor import CounterLayout, PackedQueues, pack
 from tri_mpk.scheduler.device import SHARED_BYTES
 from tri_mpk.scheduler.events import derive_events
+from tri_mpk.scheduler.garbage import without_garbage_collection
 from tri_mpk.scheduler.graph import Events, Schedule, TaskGraph, TensorInfo
 from tri_mpk.scheduler.queues import schedule
 from tri_mpk.scheduler.ranks import derive_rank_events, symmetric_info, verify_ranks, waits_for_ranks
@@ -30,19 +28,6 @@ COMPILE_OPTIONS = {
     "maxnreg": 65536 // (32 * NUM_WARPS),  # all there are: else ptxas may spill to make room for a second block
     "launch_cooperative_grid": True,
 }
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Planning and packing make hundreds of thousands of objects and no garbage: looking for some takes a fifth of the
-    time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from collections import defaultdict
 
 from tqdm.auto import tqdm
 
-from tri_mpk.program import without_garbage_collection
 from tri_mpk.scheduler import schedule, verify
 from tri_mpk.scheduler.examples import NUM_WORKERS, large_graphs
+from tri_mpk.scheduler.garbage import without_garbage_collection
 from tri_mpk.scheduler.self_check import Tally, self_check
 
 ALL = "all"

@@ -163,7 +163,7 @@ def test_numbers_between_which_no_guard_tells_are_one_case():
     graph.values["n"] = replace(graph.values["n"], hi=1000)
     for task in graph.tasks:
         task.reads, task.writes = (
-            tuple(replace(r, guard=r.guard and replace(r.guard, hi=1000)) for r in side)
+            tuple(replace(r, guard=r.guard and r.guard._replace(hi=1000)) for r in side)
             for side in (task.reads, task.writes)
         )
     events = derive_events(graph)
