@@ -153,7 +153,7 @@ class _ByValue:
         if not conditional:
             return needed, implied
         before, imply = needed | implied, self.so_far.imply
-        rest = [(t, guard) for t, guard, own in conditional if not (before >> t & 1 or imply(t, (guard, own), before))]
+        rest = [(t, guard) for t, guard, own in conditional if not (before >> t & 1 or imply(t, {guard, own}, before))]
         found = resolve(self.draft.graph, task, rest, self.announced)
         self.so_far.add(task, found)
         if found.signals:

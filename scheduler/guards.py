@@ -79,19 +79,21 @@ class WaitsSoFar:
     """Who has been made to wait for whom in which steps: what such a task implies for those behind it."""
 
     def __init__(self) -> None:
-        self._waits: dict[tuple[int, str], list[Conditional]] = defaultdict(list)  # for this task, by this value
+        self._waits: dict[tuple[int, str], dict[Guard, list[int]]] = defaultdict(lambda: defaultdict(list))
 
     def add(self, task: int, found: Resolved) -> None:
         for producer, guard in (*found.signals, *(pair for pairs in found.waits.values() for pair in pairs)):
-            self._waits[producer, guard.value].append((task, guard))
+            self._waits[producer, guard.value][guard].append(task)
 
-    def imply(self, producer: int, guards: tuple[Guard | None, ...], before: int) -> bool:
+    def imply(self, producer: int, guards: set[Guard | None], before: int) -> bool:
         """Whether one of the tasks `before` waits for `producer` whenever one of the guards holds."""
         return any(
-            held.lo <= guard.lo and guard.hi <= held.hi and before >> task & 1
+            before >> task & 1
             for guard in guards
-            if guard is not None
-            for task, held in self._waits.get((producer, guard.value), ())
+            if guard is not None and (producer, guard.value) in self._waits
+            for held, tasks in self._waits[producer, guard.value].items()
+            if held.lo <= guard.lo and guard.hi <= held.hi
+            for task in tasks
         )
 
 
@@ -105,7 +107,7 @@ def knows(graph: TaskGraph, task: Task, value: str) -> bool:
     """Whether a task may look at a value: it says that it reads (or writes) it, in every step."""
     cell = graph.values[value].region
     return any(
-        r.tensor == cell.tensor and r.guard is None and intersect(r.box, cell.box) == cell.box
+        r.tensor == cell.tensor and r.guard is None and (r.box == cell.box or intersect(r.box, cell.box) == cell.box)
         for r in (*task.reads, *task.writes)
     )
 
