@@ -79,6 +79,25 @@ def choose(
     return token, logprob
 
 
+@triton.jit
+def next_token(
+    control_ptr, choice, logits_ptr, position, goes_on, best_value_ptr, best_index_ptr, logprobs_ptr, seen_ptr,
+    scores_ptr, scratch_ptr, indices_ptr,
+    NUM_PARTS: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The token for a position, as the launch wants it chosen. `goes_on`: the prompt does, so it does not matter."""
+    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
+    if (choice != CHOOSE_BEST) & (goes_on == 0):
+        chosen, logprob = choose(
+            control_ptr + CONTROL_CHOICE, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
+            V, TURN, PORTABLE,
+        )  # fmt: skip
+        token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
+        tl.store(logprobs_ptr + position, logprob)
+        tl.store(seen_ptr + token, 1)
+    return token
+
+
 # Triton's time for a function grows with the square of its size: with this one inlined it takes twice as long.
 @triton.jit(noinline=True)
 def sample_tile(
@@ -95,16 +114,11 @@ def sample_tile(
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
-    if (choice != CHOOSE_BEST) & (step + 1 >= num_known):
-        row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
-        chosen, logprob = choose(
-            control_ptr + CONTROL_CHOICE, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr,
-            V, TURN, PORTABLE,
-        )  # fmt: skip
-        token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
-        tl.store(logprobs_ptr + step + 1, logprob)
-        tl.store(seen_ptr + token, 1)
+    row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
+    token = next_token(
+        control_ptr, choice, row_ptr, step + 1, step + 1 < num_known, best_value_ptr, best_index_ptr, logprobs_ptr,
+        seen_ptr, scores_ptr, scratch_ptr, indices_ptr, NUM_PARTS, V, TURN, PORTABLE,
+    )  # fmt: skip
     stop = (step >= last_step) | stop_asked
     finish_step(
         control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE

@@ -67,6 +67,20 @@ def decode(length: int = 3, num_new: int = 4, repeats: int = 2, **parameters: An
     say(result)
 
 
+def sample(requests: list[dict[str, Any]], **parameters: Any) -> None:
+    """Tokens and log-probabilities of requests, then of one whose seed is drawn, and of a greedy one."""
+    ours, theirs = pair(**parameters)
+    common = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logprobs": True}
+    found = [ours.generate(prompt(3), **common, **request) for request in requests]
+    torch.manual_seed(ours.kernel.rank)
+    drawn = ours.generate(prompt(3), max_new_tokens=4, do_sample=True, temperature=9.0)[0].tolist()
+    greedy = torch.equal(ours.generate(prompt(3), max_new_tokens=3), theirs.generate(prompt(3), max_new_tokens=3))
+    say({
+        "tokens": [each.sequences[0].tolist() for each in found], "drawn": drawn, "greedy": greedy,
+        "logprobs": [each.logprobs[0].tolist() for each in found],
+    })  # fmt: skip
+
+
 class AtToken(BaseStreamer):
     def __init__(self, n: int, action):
         self.left, self.action = n + 1, action
@@ -193,6 +207,9 @@ def refuse(what: str) -> None:
         if what == "prompt":
             ours, _ = pair()
             ours.generate(prompt(2, seed=1 + rank), max_new_tokens=2)
+        elif what == "sampling":
+            ours, _ = pair()
+            ours.generate(prompt(2), max_new_tokens=2, do_sample=rank == 0)
         elif what == "length":
             pair(max_seq_len=64 + rank)
         elif what == "config":
@@ -341,7 +358,7 @@ def emulated(slots: int = 3, half: bool = False, **changes: Any) -> None:
     kernel.has_bulk_copies = True
     local = shard_model(theirs, shard, torch.float16, cpu).requires_grad_(False)
     build(
-        kernel, describe(local.config, PAGE_SIZE), local, PAGE_SIZE, progress=False, first_row=shard.first_row,
+        kernel, describe(local.config, PAGE_SIZE), local, PAGE_SIZE, progress=False, shard=shard,
         reduce_dtype=torch.float16 if half else torch.float32,
     )  # fmt: skip
     program = kernel.plan()
@@ -405,5 +422,5 @@ if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
-        out_of_step, profile,
+        out_of_step, profile, sample,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

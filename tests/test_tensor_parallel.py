@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from decoders import tiny_config, transformers_model
+import tri_mpk
+from decoders import prompt, tiny_config, transformers_model
 from ranks import RankProcesses, run_ranks
 
 TWO_LAYERS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -30,6 +31,34 @@ def test_ranks_equal_transformers_and_each_other(name):
     """Tokens; logits up to rounding; the residual stream and all that ranks share bit by bit, on every run."""
     num_ranks, parameters = MODELS[name]
     check(run_ranks(num_ranks, "decode", **parameters))
+
+
+REQUESTS = [
+    {"do_sample": True, "seed": 5, "top_k": 0},
+    {"do_sample": True, "seed": 2**64 - 1, "temperature": 1.7, "top_k": 40, "top_p": 0.95, "min_p": 0.001},
+    {"do_sample": True, "seed": 7, "repetition_penalty": 1.5, "top_p": 0.7},
+    {"repetition_penalty": 8.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [("qwen3, tied, an odd vocabulary", REQUESTS), ("llama on four, KV heads twice", REQUESTS[1:2])],
+)
+def test_ranks_sample_as_one_does(name, requests):
+    """The seed decides, also where each rank would draw another one; and greedy decoding goes on as before."""
+    num_ranks, parameters = MODELS[name]
+    model = transformers_model(tiny_config(**parameters))
+    one = tri_mpk.from_model(model, device="cpu", max_seq_len=64, num_workers=2, progress=False)
+    common = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logprobs": True}
+    expected = [one.generate(prompt(3), **common, **request) for request in requests]
+    results = run_ranks(num_ranks, "sample", requests=requests, **parameters)
+    for result in results:
+        assert result["tokens"] == [each.sequences[0].tolist() for each in expected]
+        for logprobs, each in zip(result["logprobs"], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(logprobs), each.logprobs[0], rtol=0, atol=1e-5)
+        assert result["greedy"] and result["drawn"] == results[0]["drawn"]
+    assert len(set(map(tuple, results[0]["tokens"]))) == len(requests)
 
 
 def check(results: list[dict]) -> None:
@@ -149,6 +178,7 @@ def test_a_dead_worker_ends_all_ranks_and_leaves_them_usable():
     ("what", "error", "text"),
     [
         ("prompt", "ValueError", "the prompt differs between ranks"),
+        ("sampling", "ValueError", "a launch: sampling differs between ranks"),
         ("length", "ValueError", "max_seq_len differs between ranks, 64 on rank 0 and 65 on rank 1"),
         ("config", "ValueError", "config differs between ranks"),
         ("world", "ValueError", "tensor_parallel=3, but there are 2 ranks"),

@@ -59,10 +59,10 @@ def plan_config(
 
     `bulk_copies`: it has what the weight ring needs, as Hopper and the data-centre Blackwells do.
     """
-    first_row = 0
+    shard = None
     if world_size > 1:
         shard = Shard(config, rank, world_size)
-        config, first_row = shard.local_config(), shard.first_row
+        config = shard.local_config()
     shape = describe(config, max_seq_len)
     step = torch.zeros(1, dtype=torch.int32, device="meta")
     tokens = torch.zeros(max_seq_len, dtype=torch.int64, device="meta")
@@ -70,7 +70,7 @@ def plan_config(
         world_size, rank, num_workers, [step, tokens], tuning=tuning, profile=profile, policy=policy
     )
     kernel.has_bulk_copies = bulk_copies
-    build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False, first_row=first_row)
+    build(kernel, shape, empty_model(config, dtype), PAGE_SIZE, progress=False, shard=shard)
     return kernel.plan()
 
 

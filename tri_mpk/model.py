@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,6 @@ from tri_mpk.models.batch_decoder import build_batch
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
-from tri_mpk.sampling import Sampling
 from tri_mpk.serving import MAX_WAITING, Engine, check_pages
 from tri_mpk.sharding import Shard
 from tri_mpk.tuning import Tuning
@@ -81,8 +81,7 @@ class CausalLM:
         }  # fmt: skip
         if batching.is_one:
             self.kernel = PersistentKernel(world_size, rank, **options)
-            first_row = 0 if shard is None else shard.first_row
-            build(self.kernel, self.shape, model, PAGE_SIZE, progress, first_row, reduce_dtype)
+            build(self.kernel, self.shape, model, PAGE_SIZE, progress, shard, reduce_dtype)
         else:
             self.kernel = self._build_batch(model, BatchKernel(
                 world_size, rank, max_batch_size=batching.max_batch_size,
@@ -130,7 +129,8 @@ class CausalLM:
         Parameter names, defaults and their precedence are transformers': max_new_tokens, eos_token_id, do_sample,
         temperature, top_k (50 when sampling), top_p, min_p, repetition_penalty, ... Beside them there are
 
-        seed: the text is a function of it, the prompt and the parameters. None: drawn from torch's default generator.
+        seed: the text is a function of it, the prompt and the parameters. None: drawn from torch's default generator,
+            on several ranks that of rank 0.
         stop_token_ids: end the text like EOS ids, which they do not replace.
         output_logprobs: see GenerateOutput. Needs return_dict_in_generate=True.
 
@@ -141,8 +141,8 @@ class CausalLM:
 
         Returns: int64 [1, prompt length + new tokens], on the device of `input_ids`, texts of a batch padded on the
         right with pad_token_id; a GenerateOutput with return_dict_in_generate=True.
-        Raises: ValueError for bad input, NotImplementedError for what is not supported (beams, ..., and anything but
-        plain greedy decoding on several ranks), MegakernelTimeout. After Ctrl-C the model stays usable.
+        Raises: ValueError for bad input, NotImplementedError for what is not supported (beams, ...),
+        MegakernelTimeout. After Ctrl-C the model stays usable.
         """
         if not self.batching.is_one:
             return self._generate_batch(input_ids, generation_config, attention_mask, streamer, parameters)
@@ -155,11 +155,11 @@ class CausalLM:
             generation_config=generation_config,
             parameters=parameters,
         )
-        if self.ranks is not None and request.sampling != Sampling():
-            raise NotImplementedError(
-                "on several ranks decoding is greedy so far; pass do_sample=False, repetition_penalty=1.0 and no"
-                " output_logprobs"
-            )
+        if self.ranks is not None:
+            draws = request.sampling.do_sample and parameters.get("seed") is None
+            drawn = self.ranks.meet("the choice of a seed", request.sampling.seed if draws else None)
+            if draws and drawn[0] is not None:  # else the launch finds that they differ
+                request = replace(request, sampling=replace(request.sampling, seed=drawn[0]))
         length = len(request.prompt)
         launch = LaunchRequest(
             length, request.max_length - 2, request.eos_token_ids, length - 1, sampling=request.sampling

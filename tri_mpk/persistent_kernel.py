@@ -30,6 +30,7 @@ from tri_mpk.ops.rank_linear import RANK_LINEAR
 from tri_mpk.ops.rank_lm_head import RANK_LM_HEAD
 from tri_mpk.ops.rank_rmsnorm_gated_linear import RANK_RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rank_rmsnorm_linear import RANK_RMSNORM_LINEAR
+from tri_mpk.ops.rank_sample import RANK_SAMPLE
 from tri_mpk.ops.rmsnorm_gated_linear import RMSNORM_GATED_LINEAR
 from tri_mpk.ops.rmsnorm_linear import RMSNORM_LINEAR
 from tri_mpk.ops.sample import SAMPLE, score_size
@@ -457,12 +458,14 @@ class PersistentKernel:
         label: str | None = None,
         policy: str | None = None,
         parts: TensorHandle | None = None,
+        all_logits: TensorHandle | None = None,
         first_row: int = 0,
     ) -> None:
         """Logits of the vocabulary, and per task the best value (fp32) and its index (int32): `output`, [num_tasks].
 
         With `parts` (as in rmsnorm_linear_layer) the weights are the rows of the vocabulary from `first_row` on, and
-        `output` is symmetric, [world_size, num_tasks].
+        `output` is symmetric, [world_size, num_tasks]. So is `all_logits`, [world_size, the most rows of any rank],
+        fp32: there the logits of all ranks lie one after another, if a launch needs them to choose tokens.
         """
         vocab_size, hidden_size = matrix_dims("lm_head_layer", weight_linear)
         check_dims("lm_head_layer", input, "input", (hidden_size,))
@@ -474,10 +477,14 @@ class PersistentKernel:
         best = {"best_value": best_value, "best_index": best_index}
         if parts is not None:
             _check_symmetric("lm_head_layer", parts, "parts", (self.world_size, hidden_size))
-            for tensor in output:
-                _check_symmetric("lm_head_layer", tensor, "output", (self.world_size, tensor.dims[-1]))
+            if all_logits is None or all_logits.numel < self.world_size * vocab_size:
+                raise ValueError(
+                    f"lm_head_layer: all_logits={all_logits} must hold the {vocab_size} rows of every rank"
+                )
+            for name, tensor in (("output[0]", best_value), ("output[1]", best_index), ("all_logits", all_logits)):
+                _check_symmetric("lm_head_layer", tensor, name, (self.world_size, tensor.dims[-1]))
             self._call(
-                RANK_LM_HEAD, label, grid_dim, policy, tensors | best | {"parts": parts},
+                RANK_LM_HEAD, label, grid_dim, policy, tensors | best | {"parts": parts, "all_logits": all_logits},
                 eps=eps, rank=self.rank, first_row=first_row,
             )  # fmt: skip
             return
@@ -497,8 +504,7 @@ class PersistentKernel:
         On several ranks `asked` is stop_request_layer's output.
         """
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
-        if (asked is None) != (self.world_size == 1):
-            raise ValueError("argmax_layer: it needs asked=, what hosts ask for, on several ranks and only there")
+        _check_ends("argmax_layer", self.world_size, asked=asked)
         if asked is None:
             self._call(ARGMAX, label, grid_dim, policy, tensors)
         else:
@@ -511,24 +517,31 @@ class PersistentKernel:
         grid_dim: int | None = None,
         label: str | None = None,
         policy: str | None = None,
+        asked: TensorHandle | None = None,
+        all_logits: TensorHandle | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Like argmax_layer, but a launch may ask for tokens at random, a repetition penalty and log-probabilities:
-        `LaunchRequest.sampling`. Behind lm_head_layer, on one rank only.
+        `LaunchRequest.sampling`. Behind lm_head_layer.
+
+        On several ranks `asked` is stop_request_layer's output, `all_logits` that of lm_head_layer, and `vocab_size`
+        counts the tokens of all ranks.
         """
-        if self.world_size > 1:
-            raise NotImplementedError("sample_layer is not supported on several ranks so far; use argmax_layer")
-        if self.vocab_size > MAX_VOCAB.value:
-            raise NotImplementedError(
-                f"a vocabulary of {self.vocab_size} is not supported; at most {MAX_VOCAB.value} is"
-            )
+        _check_ends("sample_layer", self.world_size, asked=asked, all_logits=all_logits, vocab_size=vocab_size)
+        vocab_size = vocab_size or self.vocab_size
+        if vocab_size > MAX_VOCAB.value:
+            raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
         tensors = {"best_value": input[0], "best_index": input[1], "tokens": self.tokens}
         tensors["logprobs"] = self.new_tensor((self.max_seq_len,), torch.float32, name="logprobs")
-        seen = torch.zeros(self.vocab_size, dtype=torch.int8, device=self.device)
+        seen = torch.zeros(vocab_size, dtype=torch.int8, device=self.device)
         tensors["seen"] = self.attach_input(seen, name="seen")  # launches with a repetition penalty fill it in
-        tensors["scores"] = self.new_tensor((score_size(self.vocab_size),), torch.float32, name="scores")
+        tensors["scores"] = self.new_tensor((score_size(vocab_size),), torch.float32, name="scores")
         tensors["scratch"] = self.new_tensor((NUM_SCRATCH.value,), torch.float32, name="sample.scratch")
         tensors["indices"] = self.new_tensor((NUM_INDICES.value,), torch.int32, name="sample.indices")
-        self._call(SAMPLE, label, grid_dim, policy, tensors)
+        if asked is None:
+            self._call(SAMPLE, label, grid_dim, policy, tensors)
+        else:
+            self._call(RANK_SAMPLE, label, grid_dim, policy, tensors | {"asked": asked, "all_logits": all_logits})
 
     def stop_request_layer(self, *, output: TensorHandle, label: str | None = None) -> None:
         """Whether the hosts ask to stop, told to all ranks: `output` int32, symmetric, [world_size, 1]."""
@@ -630,7 +643,7 @@ class PersistentKernel:
             raise ValueError(
                 f"last_step={request.last_step} does not fit the {self.max_seq_len} positions of tokens; choose less"
             )
-        if request.sampling != Sampling() and not any(call.op is SAMPLE for call in self.calls):
+        if request.sampling != Sampling() and not any(call.op in (SAMPLE, RANK_SAMPLE) for call in self.calls):
             raise ValueError("the graph has no sample_layer, so tokens are chosen greedily; leave sampling out")
         self.compile()
         return self.runtime.run(request)
@@ -690,6 +703,13 @@ def _check_symmetric(layer: str, tensor: TensorHandle, argument: str, dims: tupl
     check_dims(layer, tensor, argument, dims)
     if not tensor.symmetric:
         raise ValueError(f"{layer}: {argument}={tensor.name} must be symmetric: new_tensor(..., symmetric=True)")
+
+
+def _check_ends(layer: str, world_size: int, **arguments: object) -> None:
+    """What ends a step takes these arguments on several ranks, and only there."""
+    for name, value in arguments.items():
+        if (value is None) != (world_size == 1):
+            raise ValueError(f"{layer}: {name}= is for several ranks, which need it; there are {world_size}")
 
 
 def _check_parts(

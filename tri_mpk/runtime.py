@@ -68,6 +68,7 @@ class LaunchRequest:
 class Runtime:
     """What the CUDA and the CPU runtime share: the control block, the mailbox, the epochs."""
 
+    POLL_S = 50e-6  # between two looks of the host at a launch
     LEAVE_BOUND_S = 2.0  # so long, and the wait bound, ranks have to leave a launch that another one has given up
 
     def __init__(
@@ -148,7 +149,7 @@ class Runtime:
                     yield int(mailbox[MAILBOX_TOKENS + num_seen])
                     num_seen += 1
                 else:
-                    time.sleep(50e-6)
+                    time.sleep(self.POLL_S)
         yield from mailbox[MAILBOX_TOKENS + num_seen : MAILBOX_TOKENS + mailbox[MAILBOX_NUM_TOKENS]].tolist()
 
     @contextlib.contextmanager
@@ -196,7 +197,7 @@ class Runtime:
         finally:
             self.mailbox[MAILBOX_STOP] = 1
             while not self.finished():
-                time.sleep(50e-6)
+                time.sleep(self.POLL_S)
             self._check_outcome()
 
     def _meet(self, request: LaunchRequest) -> None:
@@ -207,6 +208,7 @@ class Runtime:
         facts = {
             "the range of steps": (step, request.num_known, request.last_step),
             "eos_token_ids": request.eos_token_ids,
+            "sampling": request.sampling,
             "logits_from": (request.logits_from, request.logits is not None),
             "the prompt": zlib.crc32(repr(tokens).encode()),
         }
@@ -369,6 +371,7 @@ def shared_memory_limit(device: torch.device) -> int:
 class InterpreterRuntime(Runtime):
     """Triton's interpreter, one process per worker, over shared memory; waits are bounded by polls."""
 
+    POLL_S = 2e-3  # the host needs the cores that workers run on
     POLLS_PER_SECOND = 5_000  # an interpreted poll takes 0.2 to 1 ms: the bound errs on the long side
     RANK_POLLS_PER_SECOND = 1_000  # on several ranks, whose workers yield between polls
     worker_script = Path(__file__).with_name("_interpreter_worker.py")

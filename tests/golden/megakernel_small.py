@@ -1839,43 +1839,6 @@ def best_of_parts(value_ptr, index_ptr, NUM_PARTS: tl.constexpr):
     return tl.min(tl.where(value == best, index, 0x7FFFFFFF), axis=0).to(tl.int64)
 
 
-@triton.jit
-def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
-    """The token, then the count that makes it visible to the host (release at system scope)."""
-    tl.store(mailbox_ptr + MAILBOX_TOKENS + num_tokens, token)
-    if PORTABLE:
-        tl.debug_barrier()
-        tl.atomic_add(mailbox_ptr + MAILBOX_NUM_TOKENS, 1, sem="release", scope="sys")
-    else:
-        tl.inline_asm_elementwise(  # a plain store: not every host lets a GPU do atomics on its memory
-            """{
-            .reg .pred p; .reg .u32 tid; .reg .s64 count;
-            bar.sync 0; mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0;
-            cvt.s64.s32 count, $2; @!p st.release.sys.global.s64 [$1], count; mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [(mailbox_ptr + MAILBOX_NUM_TOKENS).to(tl.int64), num_tokens + 1],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def finish_step(
-    control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop,
-    PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """The token goes to `tokens` and to the host, unless the prompt goes on. `stop`: this step is the last one."""
-    if step + 1 >= num_known:
-        tl.store(tokens_ptr + step + 1, token)
-        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
-        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
-    tl.store(step_ptr, step + 1)
-    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
-    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
-
-
 # ---- ops/sample.py ----
 
 
@@ -2276,6 +2239,68 @@ def choose(
     return token, logprob
 
 
+@triton.jit
+def next_token(
+    control_ptr, choice, logits_ptr, position, goes_on, best_value_ptr, best_index_ptr, logprobs_ptr, seen_ptr,
+    scores_ptr, scratch_ptr, indices_ptr,
+    NUM_PARTS: tl.constexpr, V: tl.constexpr, TURN: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The token for a position, as the launch wants it chosen. `goes_on`: the prompt does, so it does not matter."""
+    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
+    if (choice != CHOOSE_BEST) & (goes_on == 0):
+        chosen, logprob = choose(
+            control_ptr + CONTROL_CHOICE, choice, logits_ptr, seen_ptr, position, scores_ptr, scratch_ptr, indices_ptr,
+            V, TURN, PORTABLE,
+        )  # fmt: skip
+        token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
+        tl.store(logprobs_ptr + position, logprob)
+        tl.store(seen_ptr + token, 1)
+    return token
+
+
+# ---- ops/argmax.py ----
+
+
+@triton.jit
+def publish_token(mailbox_ptr, num_tokens, token, PORTABLE: tl.constexpr):
+    """The token, then the count that makes it visible to the host (release at system scope)."""
+    tl.store(mailbox_ptr + MAILBOX_TOKENS + num_tokens, token)
+    if PORTABLE:
+        tl.debug_barrier()
+        tl.atomic_add(mailbox_ptr + MAILBOX_NUM_TOKENS, 1, sem="release", scope="sys")
+    else:
+        tl.inline_asm_elementwise(  # a plain store: not every host lets a GPU do atomics on its memory
+            """{
+            .reg .pred p; .reg .u32 tid; .reg .s64 count;
+            bar.sync 0; mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0;
+            cvt.s64.s32 count, $2; @!p st.release.sys.global.s64 [$1], count; mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [(mailbox_ptr + MAILBOX_NUM_TOKENS).to(tl.int64), num_tokens + 1],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def finish_step(
+    control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The token goes to `tokens` and to the host, unless the prompt goes on. `stop`: this step is the last one."""
+    if step + 1 >= num_known:
+        tl.store(tokens_ptr + step + 1, token)
+        publish_token(mailbox_ptr, step + 1 - num_known, token, PORTABLE)
+        stop = stop | (tl.sum((is_eos_id & (eos == token)).to(tl.int32), axis=0) > 0)
+    tl.store(step_ptr, step + 1)
+    tl.store(control_ptr + CONTROL_STOP, stop.to(tl.int64))
+    tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
+
+
+# ---- ops/sample.py ----
+
+
 @triton.jit(noinline=True)
 def sample_tile(
     task, event_ptr, control_ptr, logits_ptr, mailbox_ptr, epoch, step, step_ptr,
@@ -2291,16 +2316,11 @@ def sample_tile(
     asks = step % STOP_INTERVAL == 0
     stop_asked = tl.load(mailbox_ptr + MAILBOX_STOP, mask=asks, other=0, volatile=True) != 0
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
-    if (choice != CHOOSE_BEST) & (step + 1 >= num_known):
-        row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
-        chosen, logprob = choose(
-            control_ptr + CONTROL_CHOICE, choice, row_ptr, seen_ptr, step + 1, scores_ptr, scratch_ptr, indices_ptr,
-            V, TURN, PORTABLE,
-        )  # fmt: skip
-        token = tl.where(chosen >= 0, chosen.to(tl.int64), token)
-        tl.store(logprobs_ptr + step + 1, logprob)
-        tl.store(seen_ptr + token, 1)
+    row_ptr = logits_ptr + step.to(tl.int64) * tl.load(control_ptr + CONTROL_LOGITS_STRIDE)
+    token = next_token(
+        control_ptr, choice, row_ptr, step + 1, step + 1 < num_known, best_value_ptr, best_index_ptr, logprobs_ptr,
+        seen_ptr, scores_ptr, scratch_ptr, indices_ptr, NUM_PARTS, V, TURN, PORTABLE,
+    )  # fmt: skip
     stop = (step >= last_step) | stop_asked
     finish_step(
         control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from tri_mpk.errors import UnsupportedModelError
 from tri_mpk.ops.op import TensorHandle
 from tri_mpk.persistent_kernel import PersistentKernel
+from tri_mpk.sharding import Shard
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
@@ -107,12 +108,12 @@ def build(
     model: nn.Module,
     page_size: int,
     progress: bool,
-    first_row: int = 0,
+    shard: Shard | None = None,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Adds the whole decode step of `model` (a transformers causal LM) to the graph.
 
-    On several ranks `model` is this rank's part, with the vocabulary from `first_row` on. Vectors of the hidden size
+    On several ranks `model` is this rank's part, the `shard`. Vectors of the hidden size
     then are a residual, the same on all ranks, and the parts that ranks have added to it since, in `reduce_dtype`.
     """
     dtype = model.model.embed_tokens.weight.dtype
@@ -128,7 +129,8 @@ def build(
     def attach_optional(tensor: torch.Tensor | None, name: str):
         return None if tensor is None else mpk.attach_input(tensor, name=name)
 
-    several = mpk.world_size > 1
+    several = shard is not None
+    first_row, vocab_size = (shard.first_row, shard.config.vocab_size) if several else (0, shape.vocab_size)
 
     def new_parts(name: str) -> TensorHandle | None:
         """What each rank adds to the residual."""
@@ -220,6 +222,10 @@ def build(
         mpk.new_tensor(dims, torch.float32, name="best_value", symmetric=several),
         mpk.new_tensor(dims, torch.int32, name="best_index", symmetric=several),
     )
+    others = {}
+    if several:
+        most = -(-vocab_size // mpk.world_size)
+        others["all_logits"] = mpk.new_tensor((mpk.world_size, most), torch.float32, name="all_logits", symmetric=True)
     mpk.lm_head_layer(
         input=residual,
         parts=parts_x,
@@ -229,8 +235,8 @@ def build(
         output=best,
         eps=shape.eps,
         label="lm_head",
+        **others,
     )
     if several:
-        mpk.argmax_layer(input=best, asked=asked, label="argmax")
-    else:
-        mpk.sample_layer(input=best, label="sample")
+        others |= {"asked": asked, "vocab_size": vocab_size}
+    mpk.sample_layer(input=best, label="sample", **others)
