@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from commands import add_options, report_each
 from policies import AGAIN, report_of, say, take_turns
 
 from tri_mpk.baseline import ATTENTIONS, BATCH_ATTENTIONS
@@ -39,14 +36,13 @@ from tri_mpk.batch_benchmark import (
     run_batch_bench,
 )
 from tri_mpk.batching import PAGE_SIZE, Batching
-from tri_mpk.benchmark import SEED, bench_device, fill_cache, free_memory, save_report
+from tri_mpk.benchmark import SEED, bench_device, fill_cache
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import check_memory, from_model, random_model, resolve_dtype
 from tri_mpk.models import describe
 from tri_mpk.persistent_kernel import POLICIES
 from tri_mpk.terminal import print_table
 
-RESULTS = Path(__file__).parent / "results" / "batches"
 SHORT, LONG = 128, 16384  # lengths of uneven sequences
 
 
@@ -181,37 +177,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-one", action="store_true", help="skip the kernel for one sequence")
     parser.add_argument("--profile", action="store_true", help="also: what choosing and planning take of a step")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, help="uneven lengths with these policies instead")
-    parser.add_argument("--commit", help="to record where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of reports; default: results/batches here")
+    add_options(parser, "batches")
     options = parser.parse_args(arguments)
-    print_report: Callable[[dict[str, Any]], None] = print_policies if options.policy else print_batches
-    failed = 0
-    for name in options.geometry:
-        start = time.perf_counter()
-        try:
-            if options.policy:
-                report = compare_policies(
-                    name, options.policy, options.num_steps, options.launches, not options.no_check
-                )
-            else:
-                report = run_batch_bench(
-                    name, options.batch, options.context, num_steps=options.num_steps, launches=options.launches,
-                    tokens_per_step=options.tokens_per_step, prompt=options.prompt, baseline=not options.no_baseline,
-                    attentions=options.attention, check=not options.no_check, one=not options.no_one,
-                    profile=options.profile,
-                )  # fmt: skip
-        except Exception:  # the other geometries still count
-            traceback.print_exc()
-            failed += 1
-        else:
-            report["commit"] = options.commit or report["commit"]
-            print_report(report)
-            print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
-            for failure in report["failures"]:
-                print(f"  FAILED: {failure}", file=sys.stderr)
-            failed += bool(report["failures"])
-        free_memory()
-    return 1 if failed else 0
+    if options.policy:
+        measurements = {
+            name: partial(
+                compare_policies, name, options.policy, options.num_steps, options.launches, not options.no_check
+            )
+            for name in options.geometry
+        }
+        return report_each(measurements, print_policies, options)
+    measurements = {
+        name: partial(
+            run_batch_bench, name, options.batch, options.context, num_steps=options.num_steps,
+            launches=options.launches, tokens_per_step=options.tokens_per_step, prompt=options.prompt,
+            baseline=not options.no_baseline, attentions=options.attention, check=not options.no_check,
+            one=not options.no_one, profile=options.profile,
+        )
+        for name in options.geometry
+    }  # fmt: skip
+    return report_each(measurements, print_batches, options)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,15 @@ import ast
 import inspect
 import statistics
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from commands import add_options, report_each
 from tqdm.auto import tqdm
 from uneven import BLOCK, NUM_LAYERS, TASKS_PER_WORKER, build_uneven, draw_sizes, run_uneven, uneven_torch
 
@@ -45,11 +43,9 @@ from tri_mpk.benchmark import (
     decode_at,
     environment,
     fill_cache,
-    free_memory,
     logits_at,
     quantiles,
     references,
-    save_report,
 )
 from tri_mpk.generator import import_source, write_source
 from tri_mpk.geometries import geometry
@@ -60,7 +56,6 @@ from tri_mpk.persistent_kernel import POLICIES
 from tri_mpk.runtime import CudaRuntime
 from tri_mpk.terminal import print_table
 
-RESULTS = Path(__file__).parent / "results" / "policies"
 AGAIN, UNBOUNDED = "static again", "static, unbounded"
 Launch = Callable[[], float]  # returns ms per token
 
@@ -254,30 +249,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch; default: 32")
     parser.add_argument("--launches", type=int, default=10, help="launches of each kernel that count; default: 10")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
-    parser.add_argument("--commit", help="to record where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of reports; default: results/policies here")
+    add_options(parser, "policies")
     options = parser.parse_args(arguments)
     names = options.geometry or ([] if options.uneven else ["Llama-3.2-1B", "Qwen3-8B"])
-    measurements = [
-        partial(compare, name, options.context, options.num_tokens, options.launches, not options.no_check)
+    measurements = {
+        name: partial(compare, name, options.context, options.num_tokens, options.launches, not options.no_check)
         for name in names
-    ]
+    }
     if options.uneven:
-        measurements.append(partial(compare_uneven, options.num_tokens, options.launches))
-    failed = 0
-    for measurement in measurements:
-        start = time.perf_counter()
-        try:
-            report = measurement()
-        except Exception:  # the other geometries still count
-            traceback.print_exc()
-            failed += 1
-        else:
-            report["commit"] = options.commit or report["commit"]
-            print_report(report)
-            print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
-        free_memory()
-    return 1 if failed else 0
+        measurements["uneven"] = partial(compare_uneven, options.num_tokens, options.launches)
+    return report_each(measurements, print_report, options)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
-from pathlib import Path
+from functools import partial
 
 import torch
+from commands import add_options, report_each
 
-from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench, save_report
+from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench
 from tri_mpk.distributed import world
 from tri_mpk.geometries import GEOMETRIES
 from tri_mpk.rank_benchmark import run_rank_bench
 
 FOR_ONE_GPU = [name for name in GEOMETRIES if name != "Llama-3.1-70B"]
-RESULTS = Path(__file__).parent / "results"
 
 
 def summary(report: dict) -> str:
@@ -53,38 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
     parser.add_argument("--reduce-dtype", default="float32", help="of what ranks send each other: float32 or bfloat16")
-    parser.add_argument("--commit", help="to record where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_options(parser)
     options = parser.parse_args(arguments)
-    failed = []
-    rank, world_size = world()
-    for name in options.geometry:
-        start = time.perf_counter()
-        try:
-            common = {
-                "num_tokens": options.num_tokens, "launches": options.launches, "check": not options.no_check
-            }  # fmt: skip
-            if world_size > 1:
-                report = run_rank_bench(
-                    name, options.context, account_too=options.account,
-                    reduce_dtype=getattr(torch, options.reduce_dtype), **common,
-                )  # fmt: skip
-            else:
-                report = run_bench(
-                    name, options.context, baseline=not options.no_baseline, account=options.account, **common
-                )
-        except Exception:  # the other geometries still count
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        if rank:  # rank 0 speaks for all
-            continue
-        report["commit"] = options.commit or report["commit"]
-        print(summary(report))
-        print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    common = {"num_tokens": options.num_tokens, "launches": options.launches, "check": not options.no_check}
+    if world()[1] > 1:
+        common |= {"account_too": options.account, "reduce_dtype": getattr(torch, options.reduce_dtype)}
+        measure = partial(run_rank_bench, **common)
+    else:
+        measure = partial(run_bench, baseline=not options.no_baseline, account=options.account, **common)
+    measurements = {name: partial(measure, name, options.context) for name in options.geometry}
+    return report_each(measurements, lambda report: print(summary(report)), options)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from tri_mpk.benchmark import free_memory, save_report
+from commands import add_options, report_each
+
 from tri_mpk.serving_benchmark import DEFAULT_RATES, Traffic, run_serving_bench
 from tri_mpk.terminal import print_table
-
-RESULTS = Path(__file__).parent / "results" / "serving"
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -58,27 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("--tokens-per-step", type=int, default=64, help="max_tokens_per_step; default: 64")
     parser.add_argument("--num-pages", type=int, help="of the KV cache; default: enough for all slots")
-    parser.add_argument("--commit", help="to record where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of reports; default: results/serving here")
+    add_options(parser, "serving")
     options = parser.parse_args(arguments)
-    failed = 0
-    for name in options.geometry:
-        start = time.perf_counter()
-        try:
-            traffic = Traffic(1.0, options.requests, tuple(options.prompt), tuple(options.output))
-            report = run_serving_bench(
-                name, options.rate, traffic, max_batch_size=options.max_batch_size,
-                tokens_per_step=options.tokens_per_step, num_pages=options.num_pages,
-            )  # fmt: skip
-        except Exception:  # the other geometries still count
-            traceback.print_exc()
-            failed += 1
-        else:
-            report["commit"] = options.commit or report["commit"]
-            print_report(report)
-            print(f"  {save_report(report, options.out)}, {time.perf_counter() - start:.0f} s", flush=True)
-        free_memory()
-    return 1 if failed else 0
+    traffic = Traffic(1.0, options.requests, tuple(options.prompt), tuple(options.output))
+    measurements = {
+        name: partial(
+            run_serving_bench, name, options.rate, traffic, max_batch_size=options.max_batch_size,
+            tokens_per_step=options.tokens_per_step, num_pages=options.num_pages,
+        )
+        for name in options.geometry
+    }  # fmt: skip
+    return report_each(measurements, print_report, options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,13 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 
+REQUESTS = [  # of texts that are not chosen greedily
+    {"do_sample": True, "seed": 5, "top_k": 0},
+    {"do_sample": True, "seed": 2**64 - 1, "temperature": 1.7, "top_k": 40, "top_p": 0.95, "min_p": 0.001},
+    {"do_sample": True, "seed": 7, "repetition_penalty": 1.5, "top_p": 0.7},
+    {"repetition_penalty": 8.0},
+]
+
 
 def free_port() -> int:
     with socket.socket() as probe:

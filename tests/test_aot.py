@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,24 @@ def compiled(name: str, kind: str, policy: str, ranks: int = 1) -> dict[str, Any
     return json.loads(result.stdout)
 
 
+@contextmanager
+def compiling_ahead(request: pytest.FixtureRequest, fixture: str, compile: Callable) -> Iterator[dict[tuple, Future]]:
+    """What `compile` makes of all parameters that tests of this run have for a fixture, as many at a time as cores."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    wanted = dict.fromkeys(tuple(item.callspec.params[fixture]) for item in items if fixture in item.callspec.params)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield {parameters: pool.submit(compile, *parameters) for parameters in wanted}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
+    with compiling_ahead(request, "report", compiled) as reports:
+        yield reports
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -97,8 +118,8 @@ def compiled(name: str, kind: str, policy: str, ranks: int = 1) -> dict[str, Any
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )
-def report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return compiled(*request.param)
+def report(request: pytest.FixtureRequest, reports: dict[tuple, Future]) -> dict[str, Any]:
+    return reports[tuple(request.param)].result()
 
 
 def test_work_by_warps_has_a_row_per_warp_and_a_column_per_lane(report: dict[str, Any]):

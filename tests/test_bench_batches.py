@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from bench_scripts import load_script
 from decoders import tiny_config, transformers_model
 from tri_mpk import batch_benchmark
 from tri_mpk.baseline import measure_batches
@@ -34,18 +34,12 @@ from tri_mpk.loading import from_model
 from tri_mpk.ops import advance
 from tri_mpk.runtime import InterpreterRuntime
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = {"max_position_embeddings": 256}
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    spec = spec_from_file_location("batches", BENCH / "batches.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(BENCH))
-    return module
+    return load_script("batches")
 
 
 @pytest.fixture

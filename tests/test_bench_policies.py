@@ -7,29 +7,22 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from bench_scripts import BENCH, load_script
 from decoders import prompt, tiny_config, tiny_pair
 from test_aot import clean_environment
 from tri_mpk.loading import from_model
 from tri_mpk.runtime import InterpreterRuntime
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    spec = spec_from_file_location("policies", BENCH / "policies.py")
-    module = sys.modules["policies"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(BENCH))
-    return module
+    return load_script("policies")
 
 
 @pytest.fixture

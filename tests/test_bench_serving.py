@@ -5,27 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import math
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from bench_scripts import load_script
 from decoders import tiny_config
 from tri_mpk import serving_benchmark
 from tri_mpk.runtime import InterpreterRuntime
 from tri_mpk.serving_benchmark import Served, Traffic, arrivals, run_serving_bench, summary
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = spec_from_file_location("serving_script", BENCH / "serving.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("serving")
 
 
 def test_arrivals_are_a_poisson_process():

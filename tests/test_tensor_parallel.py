@@ -11,7 +11,7 @@ import torch
 
 import tri_mpk
 from decoders import prompt, tiny_config, transformers_model
-from ranks import RankProcesses, run_ranks
+from ranks import REQUESTS, RankProcesses, run_ranks
 
 TWO_LAYERS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 MODELS = {
@@ -31,14 +31,6 @@ def test_ranks_equal_transformers_and_each_other(name):
     """Tokens; logits up to rounding; the residual stream and all that ranks share bit by bit, on every run."""
     num_ranks, parameters = MODELS[name]
     check(run_ranks(num_ranks, "decode", **parameters))
-
-
-REQUESTS = [
-    {"do_sample": True, "seed": 5, "top_k": 0},
-    {"do_sample": True, "seed": 2**64 - 1, "temperature": 1.7, "top_k": 40, "top_p": 0.95, "min_p": 0.001},
-    {"do_sample": True, "seed": 7, "repetition_penalty": 1.5, "top_p": 0.7},
-    {"repetition_penalty": 8.0},
-]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import time
 import pytest
 import torch
 
-from ranks import RankProcesses, run_ranks
+import tri_mpk
+from decoders import prompt, tiny_config, transformers_model
+from ranks import REQUESTS, RankProcesses, run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,6 +50,16 @@ def test_as_close_to_fp32_as_bf16_and_the_same_on_all_ranks(name, reduce_dtype):
     (l2, kl), (l2_bf16, kl_bf16) = results[0]["ours"], results[0]["bf16"]
     assert l2 <= l2_bf16 and kl <= kl_bf16, results[0]
     assert results[0]["wrong"] == 0
+
+
+def test_ranks_sample_as_one_gpu_does():
+    parameters = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = transformers_model(tiny_config(**parameters))
+    one = tri_mpk.from_model(model, dtype=torch.float32, max_seq_len=64, progress=False)
+    common = {"max_new_tokens": 4, "return_dict_in_generate": True}
+    expected = [one.generate(prompt(3), **common, **request).sequences[0].tolist() for request in REQUESTS]
+    for result in run_ranks(2, "sample", requests=REQUESTS, on_gpu=True, **parameters):
+        assert result["tokens"] == expected and result["greedy"]
 
 
 def test_fp32_without_rings_equals_transformers():
