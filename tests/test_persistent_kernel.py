@@ -85,6 +85,28 @@ def test_tensor_on_another_device(mpk):
         mpk.attach_input(torch.zeros(4, device=META), name="w")
 
 
+def test_the_end_of_a_step_on_several_ranks():
+    """What only several ranks need is asked for there, and nowhere else."""
+    best = [("best_value", torch.float32), ("best_index", torch.int32)]
+    for world_size, named in ((1, "vocab_size"), (2, "all_logits")):
+        mpk = PersistentKernel(world_size, 0, 2, meta_tensors(device=META))
+        several = world_size > 1
+        dims = (world_size, 2) if several else (2,)
+        input = tuple(mpk.new_tensor(dims, dtype, name, symmetric=several) for name, dtype in best)
+        asked = mpk.new_tensor((2, 1), torch.int32, "asked", symmetric=True) if several else None
+        with pytest.raises(ValueError, match=f"sample_layer: {named}= is for several ranks"):
+            mpk.sample_layer(input=input, asked=asked, vocab_size=64)
+        with pytest.raises(ValueError, match="argmax_layer: asked= is for several ranks"):
+            mpk.argmax_layer(input=input, asked=None if several else input[0])
+    x, gain, weight, parts = (
+        mpk.new_tensor(dims, torch.float32, name, symmetric=name in ("parts", "few"))
+        for name, dims in (("x", (8,)), ("gain", (8,)), ("weight", (32, 8)), ("parts", (2, 8)))
+    )
+    few = mpk.new_tensor((2, 31), torch.float32, "few", symmetric=True)
+    with pytest.raises(ValueError, match="must hold the 32 rows of every rank"):
+        mpk.lm_head_layer(input=x, weight_norm=gain, weight_linear=weight, output=input, parts=parts, all_logits=few)
+
+
 def test_symmetric_tensor(mpk):
     with pytest.raises(ValueError, match="symmetric=False"):
         mpk.new_tensor((4,), torch.float32, name="x", symmetric=True)
