@@ -151,7 +151,7 @@ def check_guarded_regions(apart: Apart, order: Order) -> tuple[int, int]:
     """Races and unwritten reads there; returns how many pairs are ordered and how many reads are covered."""
     graph = apart.graph
     num_pairs = num_reads = 0
-    ordered = _Order(apart, order)
+    ordered = _GuardedOrder(apart, order)
     histories = {tensor: GuardedHistory() for tensor in guarded_tensors(graph)}
     written: dict[str, _Written] = defaultdict(_Written)
     for index, task in enumerate(graph.tasks):
@@ -205,7 +205,7 @@ class _Written:
             del self.some[old]
 
 
-class _Order:
+class _GuardedOrder:
     """Whether tasks are done before others, by the order that always holds and by what one value decides."""
 
     def __init__(self, apart: Apart, order: Order) -> None:
@@ -236,12 +236,12 @@ class _Order:
                     edges[body[task]].update(waiting[use.event])
 
     def start(self, task: int) -> None:
-        """Of what has to be done before this task `require` asks."""
+        """This is the task that `require` is about."""
         self.task, self.part = task, self.apart.body[task]
         self.done = self.order.done_before[self.part].tolist()  # an element of a list is read faster than of an array
 
     def require(self, others: Iterable[tuple[int, Guard | None, Guard | None]]) -> None:
-        """These tasks have to be, by what is always so or by one of their guards alone."""
+        """These have to be done before it: by what is always so, or by one of their guards alone."""
         body, done, chain, position = self.apart.body, self.done, self.order.chain, self.order.position
         for other, guard, own in others:
             part = body[other]
