@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -263,9 +264,9 @@ def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
     return (statistic - freedom) / (2 * freedom) ** 0.5
 
 
-def draws(number: int = 1000) -> None:
-    """How often tokens are chosen, at many positions of a seed and with many seeds; against the op's reference."""
-    for name, parameters in PARAMETERS.items():
+def draws(half: int, number: int = 1000) -> None:
+    """How often tokens of a list are chosen, at many positions of a seed, against the op's reference."""
+    for name, parameters in list(PARAMETERS.items())[half::2]:
         logits, previous = 1.5 * torch.randn(30), torch.randint(30, (4,))
         p = Sampling(True, seed=1234, **parameters)
         probabilities = SAMPLE.reference(logits, previous, **parameters)
@@ -276,6 +277,10 @@ def draws(number: int = 1000) -> None:
         deviation = chi_square(tokens.long(), probabilities)
         print("draws", name, f"{deviation:.2f}", flush=True)
         assert deviation < 4
+
+
+def repeats(number: int = 1000) -> None:
+    """The same through `choose`, with a list and without, at many positions and with many seeds."""
     for vocab_size, parameters in ((40, {"top_k": 9, "temperature": 0.9}), (1100, {})):  # a list, and no list
         logits, previous = 1.5 * torch.randn(vocab_size), torch.tensor([0])
         probabilities = SAMPLE.reference(logits, previous, **parameters)
@@ -285,7 +290,7 @@ def draws(number: int = 1000) -> None:
         seeds = range(1 << 40, (1 << 40) + number // 20)
         tokens = torch.cat([run_choose(logits, Sampling(True, seed=i, **parameters), previous)[0] for i in seeds])
         assert chi_square(tokens, probabilities) < 4
-        print("draws of", vocab_size, flush=True)
+        print("repeats of", vocab_size, flush=True)
 
 
 def chosen() -> None:
@@ -334,4 +339,8 @@ def odd() -> None:
 if __name__ == "__main__":
     tune_interpreter()
     torch.manual_seed(0)
-    {"kept": kept, "edges": edges, "draws": draws, "chosen": chosen, "odd": odd}[sys.argv[1]]()
+    groups = {
+        "kept": kept, "edges": edges, "draws": partial(draws, 0), "more_draws": partial(draws, 1), "repeats": repeats,
+        "chosen": chosen, "odd": odd,
+    }  # fmt: skip
+    groups[sys.argv[1]]()

@@ -6,9 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
+from ahead import ahead
 from tri_mpk.aot import SIGNATURE, has_bulk_copies, parse_target
 from tri_mpk.geometries import GEOMETRIES
 
@@ -88,21 +88,9 @@ def compiled(name: str, kind: str, policy: str, ranks: int = 1) -> dict[str, Any
     return json.loads(result.stdout)
 
 
-@contextmanager
-def compiling_ahead(request: pytest.FixtureRequest, fixture: str, compile: Callable) -> Iterator[dict[tuple, Future]]:
-    """What `compile` makes of all parameters that tests of this run have for a fixture, as many at a time as cores."""
-    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
-    wanted = dict.fromkeys(tuple(item.callspec.params[fixture]) for item in items if fixture in item.callspec.params)
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        yield {parameters: pool.submit(compile, *parameters) for parameters in wanted}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture(scope="module")
 def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
-    with compiling_ahead(request, "report", compiled) as reports:
+    with ahead(request, "report", compiled) as reports:
         yield reports
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment, compiling_ahead
+from ahead import ahead
+from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment
 
 # The last number of a case: words stored and loaded. Most are in `advance`, which one worker runs once a step; with
 # more tokens than 64, also in the products, whose scales of all tokens are held through the loops.
@@ -62,7 +63,7 @@ def compiled(name: str, sequences: int, tokens: int, policy: str, spills: int) -
 
 @pytest.fixture(scope="module")
 def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
-    with compiling_ahead(request, "report", compiled) as reports:
+    with ahead(request, "report", compiled) as reports:
         yield reports
 
 

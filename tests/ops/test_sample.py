@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
+from ahead import ahead
 from op_harness import OpHarness
 from tri_mpk.ops.sample import SAMPLE
 from tri_mpk.runtime import LaunchRequest
@@ -17,15 +20,26 @@ from tri_mpk.sampling import Sampling
 
 TESTS = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 70
+GROUPS = ("repeats", "draws", "more_draws", "edges", "kept", "odd", "chosen")  # of tests/sampling_kernels.py
 
 
-@pytest.mark.parametrize("group", ["kept", "edges", "draws", "chosen", "odd"])
-@pytest.mark.slow
-def test_functions(group: str):
-    """In a process whose Triton interprets; the groups are in tests/sampling_kernels.py."""
+def run_group(group: str) -> subprocess.CompletedProcess:
+    """In a process whose Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(TESTS / "sampling_kernels.py"), group]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
+    with ahead(request, "group", run_group) as outcomes:
+        yield outcomes
+
+
+@pytest.mark.parametrize("group", [(name,) for name in GROUPS], ids=" ".join)
+@pytest.mark.slow
+def test_functions(group: tuple[str], outcomes: dict[tuple, Future]):
+    result = outcomes[group].result()
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 
 

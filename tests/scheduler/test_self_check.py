@@ -8,6 +8,7 @@ import pytest
 
 from tri_mpk.scheduler import CountError, Events, TaskGraph, regions, schedule, verify
 from tri_mpk.scheduler.examples import NUM_WORKERS, large_graphs
+from tri_mpk.scheduler.garbage import without_garbage_collection
 from tri_mpk.scheduler.self_check import MUTATIONS, Tally, random_case, self_check
 
 NUM_CASES = 1500
@@ -70,6 +71,7 @@ def test_a_wrong_verify_is_caught(monkeypatch: pytest.MonkeyPatch, where: object
 # ---- large graphs ----
 
 
+@without_garbage_collection()
 def test_a_hundred_thousand_tasks_take_less_than_half_a_minute():
     for name, graph, events in large_graphs(100_000):
         queues = schedule(graph, events, NUM_WORKERS)
