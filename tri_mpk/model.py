@@ -157,7 +157,7 @@ class CausalLM:
         )
         if self.ranks is not None:
             draws = request.sampling.do_sample and parameters.get("seed") is None
-            drawn = self.ranks.meet("the choice of a seed", request.sampling.seed if draws else None)
+            drawn = self.ranks.meet("a launch", request.sampling.seed if draws else None)
             if draws and drawn[0] is not None:  # else the launch finds that they differ
                 request = replace(request, sampling=replace(request.sampling, seed=drawn[0]))
         length = len(request.prompt)
