@@ -25,6 +25,15 @@ from tri_mpk.scheduler.peers import signal_ranks, wait_for_ranks
 
 
 @triton.jit
+def is_last_step(step, last_step, asked_ptr, ASKED_STRIDE: tl.constexpr, RANKS: tl.constexpr):
+    """Whether the launch ends with this step, or a host of any rank has asked for that."""
+    stop = step >= last_step
+    for rank in tl.static_range(RANKS):
+        stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
+    return stop
+
+
+@triton.jit
 def rank_argmax_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch, step, step_ptr,
     best_value_ptr, best_index_ptr, asked_ptr, tokens_ptr,  # in, in, in, out
@@ -37,9 +46,7 @@ def rank_argmax_tile(
     last_step = tl.load(control_ptr + CONTROL_LAST_STEP).to(tl.int32)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
     token = best_of_parts(best_value_ptr, best_index_ptr, NUM_PARTS)
-    stop = step >= last_step
-    for rank in tl.static_range(RANKS):
-        stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
+    stop = is_last_step(step, last_step, asked_ptr, ASKED_STRIDE, RANKS)
     finish_step(
         control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE
     )

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tri_mpk.ops.argmax import finish_step
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.rank_argmax import is_last_step
 from tri_mpk.ops.sample import cut_sample, next_token, sample_torch
 from tri_mpk.scheduler.device import (
     CONTROL_CHOICE,
@@ -45,9 +46,7 @@ def rank_sample_tile(
         control_ptr, choice, all_logits_ptr, step + 1, step + 1 < num_known, best_value_ptr, best_index_ptr,
         logprobs_ptr, seen_ptr, scores_ptr, scratch_ptr, indices_ptr, NUM_PARTS, V, TURN, PORTABLE,
     )  # fmt: skip
-    stop = step >= last_step
-    for rank in tl.static_range(RANKS):
-        stop = stop | (tl.load(asked_ptr + rank * ASKED_STRIDE) != 0)
+    stop = is_last_step(step, last_step, asked_ptr, ASKED_STRIDE, RANKS)
     finish_step(
         control_ptr, mailbox_ptr, epoch, step, step_ptr, tokens_ptr, token, num_known, eos, is_eos_id, stop, PORTABLE
     )
