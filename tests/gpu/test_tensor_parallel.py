@@ -55,7 +55,7 @@ def test_as_close_to_fp32_as_bf16_and_the_same_on_all_ranks(name, reduce_dtype):
 def test_ranks_sample_as_one_gpu_does():
     parameters = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     model = transformers_model(tiny_config(**parameters))
-    one = tri_mpk.from_model(model, dtype=torch.float32, max_seq_len=64, progress=False)
+    one = tri_mpk.from_model(model.cuda(), dtype=torch.float32, max_seq_len=64, progress=False)
     common = {"max_new_tokens": 4, "return_dict_in_generate": True}
     expected = [one.generate(prompt(3), **common, **request).sequences[0].tolist() for request in REQUESTS]
     for result in run_ranks(2, "sample", requests=REQUESTS, on_gpu=True, **parameters):
