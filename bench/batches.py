@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=DEFAULT_CONTEXT, help="KV length; default: 512")
     parser.add_argument("--num-steps", type=int, default=32, help="steps per launch; default: 32")
     parser.add_argument("--launches", type=int, default=10, help="launches that count; default: 10")
-    parser.add_argument("--tokens-per-step", type=int, default=64, help="max_tokens_per_step; default: 64")
+    parser.add_argument("--tokens-per-step", type=int, default=256, help="max_tokens_per_step; default: 256")
     parser.add_argument("--prompt", type=int, default=DEFAULT_PROMPT, help="for the time to first token; 0: skip it")
     parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile and transformers' prefill")
     parser.add_argument(

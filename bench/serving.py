@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", nargs=2, type=int, default=default.prompt, help="lengths; default: 32 992")
     parser.add_argument("--output", nargs=2, type=int, default=default.output, help="new tokens; default: 16 240")
     parser.add_argument("--max-batch-size", type=int, default=64, help="default: 64")
-    parser.add_argument("--tokens-per-step", type=int, default=64, help="max_tokens_per_step; default: 64")
+    parser.add_argument("--tokens-per-step", type=int, default=256, help="max_tokens_per_step; default: 256")
     parser.add_argument("--num-pages", type=int, help="of the KV cache; default: enough for all slots")
     add_options(parser, "serving")
     options = parser.parse_args(arguments)

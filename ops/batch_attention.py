@@ -1,12 +1,14 @@
 """Attention of the step's tokens over the paged KV cache, their own keys and values included.
 
-counts [2], items [..] int32 read: what there is to do, see batch_items | plan of the step read
+counts [2], items [.., 4] int32 read: what there is to do, see batch_items | page table [S, pages] int32 read
 q [T, H, Dh] read, rotated and times the scale in base 2 | k, v cache [num_pages, Hkv, page_size, Dh] read
 parts [max splits, T, H, Dh], lse [max splits, T, H] fp32 written
 An item is up to BLOCK_TOKENS tokens of a sequence and SPLIT_TOKENS positions; its rows are all heads of the group of
-these tokens. Each row attends to the positions up to its own, block by block, as an online softmax in base 2. Splits
-and blocks begin at multiples of their size, and a block that lies behind a row's position changes none of its bits, so
-a token's result depends neither on its neighbours nor on how a prompt was cut into chunks.
+these tokens. Each row attends to the positions up to its own, block by block, as an online softmax in base 2. A block
+is a whole split, where registers and shared memory have room for it: what takes time is how often threads wait for each
+other, not how many positions there are. Splits and blocks begin at multiples of their size, and a block that lies
+behind a row's position changes none of its bits, so a token's result depends neither on its neighbours nor on how a
+prompt was cut into chunks.
 
 One task = one KV head, every num_parts-th item. BLOCK_M < 64 rows, as in batch_gemm: one kind of instruction.
 Source: arXiv:2205.14135, 2311.01282 (flash decoding).
@@ -18,24 +20,24 @@ import torch
 import triton
 import triton.language as tl
 
+from tri_mpk.ops.batch_items import ITEM_WORDS
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
 BLOCK_M = 32  # rows: tokens times heads of a group
+BLOCK_BYTES = 64 << 10
 
 
 @triton.jit
 def batch_attention_tile(
     task, event_ptr, control_ptr, epoch,
-    counts_ptr, items_ptr, positions_ptr, sequences_ptr, first_token_ptr, sequence_tokens_ptr, page_table_ptr,  # in
-    q_ptr, k_cache_ptr, v_cache_ptr,  # in
+    counts_ptr, items_ptr, page_table_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # in
     parts_ptr, lse_ptr,  # out
     kv_head, part,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_PAGES: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, SPLIT_PAGES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
-    STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
@@ -43,37 +45,32 @@ def batch_attention_tile(
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_items = tl.load(counts_ptr)
     for index in tl.range(part, num_items, NUM_PARTS, num_stages=1, disable_licm=True):
-        item = tl.load(items_ptr + index)
+        item_ptr = items_ptr + index * ITEM_WORDS
+        item = tl.load(item_ptr)
+        last_token = tl.load(item_ptr + 1)
+        sequence = tl.load(item_ptr + 2)
+        last_position = tl.load(item_ptr + 3)
         token0 = item & 0xFFFF
         split = item >> 16
-        sequence = tl.load(sequences_ptr + token0)
-        end = tl.load(first_token_ptr + sequence) + tl.load(sequence_tokens_ptr + sequence)
-        end = tl.minimum(end, token0 + BLOCK_TOKENS)
         token = token0 + rows // GROUP
-        is_row = token < end
-        position = tl.load(positions_ptr + token, mask=is_row, other=-1)
+        is_row = token <= last_token
+        position = tl.where(is_row, last_position - last_token + token, -1)
         at = token * H + kv_head * GROUP + rows % GROUP
         q = tl.load(q_ptr + at[:, None] * DH + d, mask=is_row[:, None] & (d < DH), other=0.0)
         first = split * SPLIT_TOKENS
-        last = tl.minimum(first + SPLIT_TOKENS, tl.load(positions_ptr + end - 1) + 1)
-        pages = ()  # loaded here: a load whose result another load needs takes a stage of the loop from that
-        for i in tl.static_range(SPLIT_PAGES):
-            page = tl.minimum(first // PAGE_SIZE + i, NUM_PAGES - 1)
-            pages = pages + (tl.load(page_table_ptr + sequence * NUM_PAGES + page),)
+        last = tl.minimum(first + SPLIT_TOKENS, last_position + 1)
         m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: the difference of two must be a number
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DH], tl.float32)
-        for start in tl.range(first, last, BLOCK_KV, num_stages=STAGES):
-            kv = tl.arange(0, BLOCK_KV)
-            page = pages[0]
-            for i in tl.static_range(1, SPLIT_PAGES):
-                page = tl.where(start // PAGE_SIZE - first // PAGE_SIZE == i, pages[i], page)
-            row = (page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + start % PAGE_SIZE
-            mask = (start + kv < last)[:, None] & (d < DH)
-            k = tl.load(k_cache_ptr + row * DH + (kv[:, None] * DH + d), mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + row * DH + (kv[:, None] * DH + d), mask=mask, other=0.0)
+        for start in tl.range(first, last, BLOCK_KV, num_stages=1):
+            kv = start + tl.arange(0, BLOCK_KV)
+            page = tl.load(page_table_ptr + sequence * NUM_PAGES + kv // PAGE_SIZE, mask=kv < last, other=0)
+            row = ((page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + kv % PAGE_SIZE)[:, None] * DH + d
+            mask = (kv < last)[:, None] & (d < DH)
+            k = tl.load(k_cache_ptr + row, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + row, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = tl.where((start + kv)[None, :] <= position[:, None], scores, float("-inf"))
+            scores = tl.where(kv[None, :] <= position[:, None], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
             p = tl.exp2(scores - m_new[:, None])
             alpha = tl.exp2(m - m_new)
@@ -93,11 +90,9 @@ def block_tokens(num_q_heads: int, num_kv_heads: int) -> int:
     return max(1, BLOCK_M // (num_q_heads // num_kv_heads))
 
 
-def split_pages(split_tokens: int, page_size: int) -> int:
-    """How many pages the positions of a split lie on, at most."""
-    if split_tokens % page_size == 0 or page_size % split_tokens == 0:
-        return max(1, split_tokens // page_size)
-    return split_tokens // page_size + 2
+def block_positions(split_tokens: int, head_dim: int, itemsize: int) -> int:
+    """BLOCK_KV: positions that are loaded at once, a whole split if it fits BLOCK_BYTES of keys."""
+    return min(split_tokens, BLOCK_BYTES // (next_power_of_2(head_dim) * itemsize))
 
 
 def num_item_parts(num_kv_heads: int, num_workers: int) -> int:
@@ -110,10 +105,6 @@ def cut_batch_attention(
     *,
     counts: TensorHandle,
     items: TensorHandle,
-    token_positions: TensorHandle,
-    token_sequences: TensorHandle,
-    first_token: TensorHandle,
-    sequence_tokens: TensorHandle,
     page_table: TensorHandle,
     q: TensorHandle,
     k_cache: TensorHandle,
@@ -121,7 +112,6 @@ def cut_batch_attention(
     parts: TensorHandle,
     lse: TensorHandle,
     split_tokens: int,
-    block_kv: int,
     grid_dim: int | None = None,
 ) -> Cut:
     _, num_kv_heads, page_size, head_dim = k_cache.dims
@@ -129,22 +119,20 @@ def cut_batch_attention(
     group = num_q_heads // num_kv_heads
     num_parts = grid_dim or num_item_parts(num_kv_heads, machine.num_workers)
     pointers = {
-        "counts_ptr": counts, "items_ptr": items, "positions_ptr": token_positions, "sequences_ptr": token_sequences,
-        "first_token_ptr": first_token, "sequence_tokens_ptr": sequence_tokens, "page_table_ptr": page_table,
-        "q_ptr": q, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "parts_ptr": parts, "lse_ptr": lse,
+        "counts_ptr": counts, "items_ptr": items, "page_table_ptr": page_table, "q_ptr": q, "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache, "parts_ptr": parts, "lse_ptr": lse,
     }  # fmt: skip
     cut = Cut(
         {
             "H": num_q_heads, "HKV": num_kv_heads, "DH": head_dim,
             "PAGE_SIZE": page_size, "NUM_PAGES": page_table.dims[1], "NUM_PARTS": num_parts,
-            "MAX_TOKENS": max_tokens, "SPLIT_TOKENS": split_tokens, "SPLIT_PAGES": split_pages(split_tokens, page_size),
-            "BLOCK_TOKENS": block_tokens(num_q_heads, num_kv_heads), "BLOCK_M": max(BLOCK_M, next_power_of_2(group)),
-            "BLOCK_DH": next_power_of_2(head_dim), "BLOCK_KV": block_kv, "STAGES": 4,
+            "MAX_TOKENS": max_tokens, "SPLIT_TOKENS": split_tokens,
+            "BLOCK_M": max(BLOCK_M, next_power_of_2(group)), "BLOCK_DH": next_power_of_2(head_dim),
+            "BLOCK_KV": block_positions(split_tokens, head_dim, k_cache.dtype.itemsize),
         },
         pointers,
     )  # fmt: skip
-    plan = (counts, items, token_positions, token_sequences, first_token, sequence_tokens, page_table)
-    whole, addresses = tuple(tensor.whole() for tensor in plan), cut.addresses()
+    whole, addresses = (counts.whole(), items.whole(), page_table.whole()), cut.addresses()
     cache_bytes = split_tokens * head_dim * 2 * k_cache.dtype.itemsize  # of an item, the only measure there is
     for head in range(num_kv_heads):
         heads = (head * group * head_dim, (head + 1) * group * head_dim)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import TOKENS, normed_torch, store_residual
+from tri_mpk.ops.batch_gemm import SOME, normed_torch, store_residual
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges, next_power_of_2
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
@@ -28,15 +28,15 @@ def batch_embedding_tile(
     num_tokens = tl.load(num_tokens_ptr)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     cols = tl.arange(0, BLOCK_D)
-    for first in tl.range(0, num_tokens, TOKENS, num_stages=1):
-        token = first + tl.arange(0, TOKENS)
+    for first in tl.range(0, num_tokens, SOME, num_stages=1):
+        token = first + tl.arange(0, SOME)
         is_token = token < num_tokens
         id = tl.load(token_ids_ptr + token, mask=is_token, other=0)
         id = tl.minimum(tl.maximum(id, 0), V - 1).to(tl.int64)  # after an abort anything may stand there
         mask = (cols < num_cols)[:, None] & is_token[None, :]
         x = tl.load(table_ptr + id[None, :] * D + (col0 + cols)[:, None], mask=mask, other=0.0).to(tl.float32)
         square = store_residual(x, x_ptr, xb_ptr, gain_ptr, col0 + cols, cols < num_cols, token, is_token, D)
-        tl.store(squares_ptr + part * MAX_TOKENS + token, square, mask=is_token)
+        tl.store(squares_ptr + part * MAX_TOKENS + token, square.to(tl.float32), mask=is_token)
     signal(task, event_ptr, PORTABLE)
 
 

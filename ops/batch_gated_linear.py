@@ -12,21 +12,39 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import (
-    ROWS,
-    TOKENS,
-    all_tokens,
-    even_block,
-    multiply_rows,
-    of_block,
-    tile_sizes,
-    token_blocks,
-    token_rstd,
-)
+from tri_mpk.ops.batch_gemm import for_all_tokens, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def finish_gated(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
+    h_ptr, token, rstd = args
+    N: tl.constexpr = CONSTANTS[0]
+    y *= rstd[None, :]
+    gate, up = tl.split(tl.permute(tl.reshape(y, (2, y.shape[0] // 2, y.shape[1])), (1, 2, 0)))
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    at = h_ptr + token[None, :] * N + row[:, None]
+    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    return state
+
+
+@triton.jit(noinline=True)
+def gated_linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
+    row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr = args
+    K: tl.constexpr = CONSTANTS[1]
+    EPS: tl.constexpr = CONSTANTS[2]
+    NUM_PARTS: tl.constexpr = CONSTANTS[3]
+    MAX_TOKENS: tl.constexpr = CONSTANTS[4]
+    token = first + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
+    multiply_rows(
+        row0, num_rows, gate_ptr, up_ptr, xb_ptr, token, is_token, (),
+        (h_ptr, token, rstd), finish_gated, CONSTANTS, K, True, 1, TOKENS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -35,31 +53,15 @@ def batch_gated_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    HALF: tl.constexpr = ROWS // 2
-    block_rows = even_block(num_rows, HALF)
+    prefetch_rows(gate_ptr, up_ptr, row0, num_rows, K, True, 1, PORTABLE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    tokens = all_tokens(BLOCKS)
-    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
-    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
-        left = tl.minimum(block_rows, num_rows - done)
-        row = row0 + done + tl.arange(0, HALF)
-        is_row = tl.arange(0, HALF) < left
-        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
-            token = first + tl.arange(0, TOKENS)
-            is_token = token < num_tokens
-            y = multiply_rows(
-                gate_ptr, up_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, True, False, TILE_K, STAGES,
-            )  # fmt: skip
-            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
-            gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, TOKENS)), (1, 2, 0)))
-            h = gate / (1.0 + tl.exp(-gate)) * up
-            at = h_ptr + token[None, :] * N + row[:, None]
-            tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    for_all_tokens(
+        num_tokens, (row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr),
+        gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, 1,
+    )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
 
@@ -80,8 +82,7 @@ def cut_batch_gated_linear(
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
-            **tile_sizes(weight_gate, 2 * -(-num_rows // machine.num_workers)),
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,

@@ -1,13 +1,14 @@
 """The product of weight rows with the activations of many tokens, the core of the batch ops: y = W[rows] @ x^T.
 
 Operand A are ROWS rows of weights, B's columns are TOKENS tokens; on Hopper that is `wgmma`, which reads both from
-shared memory, where asynchronous copies bring them that Triton's pipeline makes of plain loads. With more tokens the
-same rows are read again, from L2, and the tokens of a block that there are not cost no bytes.
+shared memory, where asynchronous copies bring them that Triton's pipeline makes of plain loads. A task's rows and K are
+one loop, so that copies do not run dry between two blocks of rows.
 
-A token's sums do not depend on its neighbours, because there is one path for any number of tokens: the same shape and
-the same order of K. A second one for fewer tokens would save no time, as long as memory is what a step waits for.
-
-What ops keep of tokens across rows (a norm's scale, sums of squares, the best logit) are tensors [BLOCKS, TOKENS].
+How many tokens a step has is data. There are loops for FEW, SOME and MANY, and a step takes the smallest that has room
+for its tokens: with fewer columns, more of the weights are on their way in the same shared memory. More tokens go
+through the largest in groups, each of which reads the weights again; with that many, memory is not what they wait for.
+A token's sums depend neither on its neighbours nor on the loop: K has one order in all of them, and sums over other
+things than K are in fp64, where order does not count (tests/gpu/test_batches.py compares bits).
 """
 
 from __future__ import annotations
@@ -16,49 +17,36 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.op import TensorHandle, next_power_of_2
-
 ROWS = tl.constexpr(64)  # the least that `wgmma` takes
-TOKENS = tl.constexpr(64)
+FEW = tl.constexpr(32)  # tokens
+SOME = tl.constexpr(64)
+MANY = tl.constexpr(128)
 SUM_PARTS = tl.constexpr(32)
+TILES_BYTES = tl.constexpr(192 << 10)  # of weights and activations, on their way and being multiplied
 
 
 @triton.jit
-def multiply_rows(
-    weight_ptr, second_ptr, row, num_rows, x_ptr, first, num_tokens, outputs_ptr, output_token_ptr,
-    K: tl.constexpr, GATED: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+def prefetch_rows(
+    weight_ptr, second_ptr, row0, num_rows, K: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, TOKENS] fp32: num_rows rows of a matrix from `row` on, times num_tokens rows of x from `first` on.
-
-    GATED: ROWS / 2 rows of each of two matrices. OUTPUTS: rows of x are the output tokens of the sequences `outputs`.
-    """
-    HALF: tl.constexpr = ROWS // 2
-    weight_k = tl.arange(0, TILE_K)[None, :]
-    x_k = tl.arange(0, TILE_K)[:, None]
-    tile_row = tl.arange(0, ROWS)[:, None]
-    token = tl.arange(0, TOKENS)[None, :]
-    is_token = token < num_tokens - first
-    if GATED:
-        is_row = tile_row % HALF < num_rows
-        begin = tl.where(tile_row < HALF, weight_ptr, second_ptr) + (row + tile_row % HALF).to(tl.int64) * K
-    else:
-        is_row = tile_row < num_rows
-        begin = weight_ptr + (row + tile_row).to(tl.int64) * K
-    if OUTPUTS:
-        sequence = tl.load(outputs_ptr + first + token, mask=is_token, other=0)
-        x_begin = x_ptr + tl.load(output_token_ptr + sequence, mask=is_token, other=0) * K
-    else:
-        x_begin = x_ptr + (first + token) * K
-    acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, K, TILE_K, num_stages=STAGES):
-        if K % TILE_K == 0:
-            w = tl.load(begin + (start + weight_k), mask=is_row, other=0.0)
-            x = tl.load(x_begin + (start + x_k), mask=is_token, other=0.0)
-        else:
-            w = tl.load(begin + (start + weight_k), mask=is_row & (start + weight_k < K), other=0.0)
-            x = tl.load(x_begin + (start + x_k), mask=is_token & (start + x_k < K), other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-    return acc
+    """Asks L2 for what `multiply_rows` reads first, 64 KiB, so that memory does not idle while a task waits."""
+    if not PORTABLE:
+        BLOCK: tl.constexpr = ROWS // 2 if GATED or HALVES == 2 else ROWS
+        LINE: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        HALF: tl.constexpr = (K + 4 * LINE - 1) // (4 * LINE) * (2 * LINE) if HALVES == 2 else 0
+        row = tl.arange(0, ROWS)[:, None]
+        begin = tl.where(row < BLOCK, weight_ptr, second_ptr) if GATED else weight_ptr
+        col = tl.arange(0, 8)[None, :] * LINE + row // BLOCK * HALF
+        wanted = (row % BLOCK < even_block(num_rows, BLOCK)) & (col < K)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [(begin + (row0 + row % BLOCK).to(tl.int64) * K + col).to(tl.int64), wanted.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -69,62 +57,121 @@ def even_block(num_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def all_tokens(BLOCKS: tl.constexpr):
-    """[BLOCKS, TOKENS]: 0, 1, 2, ..."""
-    return tl.arange(0, BLOCKS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+def for_all_tokens(
+    num_tokens, args, FOR_TOKENS: tl.constexpr, CONSTANTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr
+):
+    """FOR_TOKENS(first, num_tokens, args, CONSTANTS, TOKENS) until all tokens, from `first` on, have had their turn."""
+    if num_tokens <= FEW:
+        if num_tokens > 0:
+            FOR_TOKENS(0, num_tokens, args, CONSTANTS, FEW)
+    elif MAX_TOKENS > FEW:
+        if HALVES == 2:
+            for first in tl.range(0, num_tokens, SOME, num_stages=1, disable_licm=True):
+                FOR_TOKENS(first, num_tokens, args, CONSTANTS, SOME)
+        elif num_tokens <= SOME:
+            FOR_TOKENS(0, num_tokens, args, CONSTANTS, SOME)
+        elif MAX_TOKENS > SOME:
+            for first in tl.range(0, num_tokens, MANY, num_stages=1, disable_licm=True):
+                FOR_TOKENS(first, num_tokens, args, CONSTANTS, MANY)
 
 
 @triton.jit
-def of_block(x, block, BLOCKS: tl.constexpr):
-    """A row of x [BLOCKS, TOKENS]. Adding zeros changes no bit."""
-    return tl.sum(tl.where((tl.arange(0, BLOCKS) == block)[:, None], x, 0), axis=0)
+def multiply_rows(
+    row0, num_rows, weight_ptr, second_ptr, x_ptr, x_row, is_token, state, args,
+    FINISH: tl.constexpr, CONSTANTS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A task's rows of a matrix times the rows `x_row` [TOKENS] of x, block by block.
 
-
-@triton.jit
-def with_block(x, block, new, BLOCKS: tl.constexpr):
-    """x [BLOCKS, TOKENS] with a new row."""
-    return tl.where((tl.arange(0, BLOCKS) == block)[:, None], new[None, :], x)
+    Each block ends in state = FINISH(product [rows, TOKENS] fp32, row, is_row, is_token, state, args, CONSTANTS).
+    GATED: a block is of ROWS / 2 rows of each of two matrices; row and is_row are those ROWS / 2.
+    HALVES = 2: A are both halves of ROWS / 2 rows, one below the other, and B both halves of the tokens; of the product
+    only what is of one half counts. A task of few rows so fills the shared memory with weights.
+    """
+    BLOCK: tl.constexpr = ROWS // 2 if GATED or HALVES == 2 else ROWS
+    ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    TILE_K: tl.constexpr = 256 // ITEM
+    STAGES: tl.constexpr = TILES_BYTES // ((ROWS + TOKENS * HALVES) * TILE_K * ITEM)
+    STEPS: tl.constexpr = (K + TILE_K * HALVES - 1) // (TILE_K * HALVES)
+    HALF: tl.constexpr = STEPS * TILE_K
+    block_rows = even_block(num_rows, BLOCK)
+    tile_row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, TOKENS * HALVES)
+    weight_k = tl.arange(0, TILE_K)[None, :]
+    x_k = tl.arange(0, TILE_K)[:, None]
+    if HALVES == 2:
+        weight_k += tile_row // BLOCK * HALF
+        x_k += (column // TOKENS * HALF)[None, :]
+        is_column = tl.ravel(tl.trans(tl.join(is_token, is_token)))
+        x_row = tl.ravel(tl.trans(tl.join(x_row, x_row)))
+    else:
+        is_column = is_token
+    w_begin = tl.where(tile_row < BLOCK, weight_ptr, second_ptr) if GATED else weight_ptr
+    w_begin += (row0 + tile_row % BLOCK).to(tl.int64) * K
+    x_begin = x_ptr + x_row[None, :] * K
+    acc = tl.zeros([ROWS, TOKENS * HALVES], tl.float32)
+    for i in tl.range(0, (num_rows + block_rows - 1) // block_rows * STEPS, num_stages=STAGES):
+        step = i % STEPS
+        done = i // STEPS * block_rows
+        left = tl.minimum(block_rows, num_rows - done)
+        is_row = tile_row % BLOCK < left
+        w_at = w_begin + (done * K + step * TILE_K + weight_k)
+        x_at = x_begin + (step * TILE_K + x_k)
+        if HALF * HALVES == K:
+            w = tl.load(w_at, mask=is_row, other=0.0)
+            x = tl.load(x_at, mask=is_column[None, :], other=0.0)
+        else:
+            w = tl.load(w_at, mask=is_row & (step * TILE_K + weight_k < K), other=0.0)
+            x = tl.load(x_at, mask=is_column[None, :] & (step * TILE_K + x_k < K), other=0.0)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        if step == STEPS - 1:
+            row = tl.arange(0, BLOCK)
+            if HALVES == 2:
+                of_halves = tl.reshape(acc, (2, BLOCK, 2, TOKENS))
+                same = tl.arange(0, 2)[:, None, None, None] == tl.arange(0, 2)[None, None, :, None]
+                y = tl.sum(tl.sum(tl.where(same, of_halves, 0.0), axis=2), axis=0)
+            else:
+                y = acc
+            state = FINISH(y, row0 + done + row, row < left, is_token, state, args, CONSTANTS)
+            acc = tl.zeros([ROWS, TOKENS * HALVES], tl.float32)
+    return state
 
 
 @triton.jit
 def token_rstd(
-    squares_ptr, token, is_token,
-    K: tl.constexpr, EPS: tl.constexpr, NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """rsqrt(mean(x^2) + eps) of tokens [BLOCKS, TOKENS], from the parts [NUM_PARTS, MAX_TOKENS] of their squares."""
-    parts = tl.arange(0, SUM_PARTS)[:, None, None]
-    sums = tl.zeros([SUM_PARTS, BLOCKS, TOKENS], tl.float32)
+    squares_ptr, token, is_token, K: tl.constexpr, EPS: tl.constexpr, NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr
+):
+    """rsqrt(mean(x^2) + eps) of tokens [TOKENS], from the parts [NUM_PARTS, MAX_TOKENS] of their squares.
+
+    Added up in fp64: exact in any order, as long as no part is 2^21 times as large as another.
+    """
+    parts = tl.arange(0, SUM_PARTS)[:, None]
+    sums = tl.zeros([SUM_PARTS, token.shape[0]], tl.float64)
     for first in tl.static_range(0, NUM_PARTS, SUM_PARTS):
-        mask = (first + parts < NUM_PARTS) & is_token[None]
-        sums += tl.load(squares_ptr + (first + parts) * MAX_TOKENS + token[None], mask=mask, other=0.0)
-    return tl.rsqrt(tl.sum(sums, axis=0) / K + EPS)
+        mask = (first + parts < NUM_PARTS) & is_token[None, :]
+        sums += tl.load(squares_ptr + (first + parts) * MAX_TOKENS + token[None, :], mask=mask, other=0.0)
+    return tl.rsqrt(tl.sum(sums, axis=0).to(tl.float32) / K + EPS)
 
 
 @triton.jit
 def store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, D: tl.constexpr):
-    """The residual stream x [rows, tokens] and what the next matrix reads of it; the rows' sums of squares [tokens]."""
+    """The residual stream x [rows, tokens] and what the next matrix reads of it; the rows' sums of squares [tokens].
+
+    These in fp64, so that their order does not count: the rows of a block and a thread differ with the loop.
+    """
     at = token[None, :] * D + row[:, None]
     mask = is_row[:, None] & is_token[None, :]
     gain = tl.load(gain_ptr + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(x_ptr + at, x, mask=mask)
     tl.store(xb_ptr + at, (x * gain[:, None]).to(xb_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(tl.where(mask, x * x, 0.0), axis=0)
-
-
-def token_blocks(max_tokens: int) -> int:
-    """BLOCKS."""
-    return next_power_of_2(-(-max_tokens // TOKENS.value))
-
-
-def tile_sizes(weight: TensorHandle, rows: int) -> dict[str, int]:
-    """How weights and activations come, of which 192 KiB of shared memory are full. `rows`: of a task.
-
-    A step of the loop takes 0.6 us, however few of its ROWS there are: then its rows are longer.
-    """
-    tile_bytes, stages = (512, 3) if rows <= ROWS.value * 3 // 4 else (256, 6)
-    return {"TILE_K": tile_bytes // weight.dtype.itemsize, "STAGES": stages}
+    return tl.sum(tl.where(mask, x * x, 0.0).to(tl.float64), axis=0)
 
 
 def normed_torch(x: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the residual stream [T, D]: what the next matrix reads, and the sums of squares [T]."""
     return (x.float() * gain.float()).to(dtype), x.float().square().sum(-1)
+
+
+def halves(num_rows: int) -> int:
+    """HALVES, for tasks of so many rows of one matrix."""
+    return 2 if num_rows <= ROWS.value // 2 else 1

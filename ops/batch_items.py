@@ -1,11 +1,12 @@
 """What there is to do in this step, as lists: the items of attention, and the sequences that choose a token.
 
 num tokens [1], token positions, token sequences [T], first token, sequence tokens, output token [S] int32 read
-items [T * max splits] int32, outputs [S] int32, counts [2] int32 (how many items and outputs there are) written
+items [T * max splits, 4] int32, outputs [S] int32, counts [2] int32 (how many items and outputs there are) written
 An item is BLOCK_TOKENS neighbours of one sequence (its last block may have fewer) and one split of the positions they
 attend to: split s has positions s * SPLIT_TOKENS to (s + 1) * SPLIT_TOKENS, whatever else is in the step. Written as
-first token | split << 16. All layers work through the same items, so that no task of attention is empty while others
-have more than their share. A single task, needed by the first layer's attention only.
+first token | split << 16, last token, sequence, position of the last token. All layers work through the same items, so
+that no task of attention is empty while others have more than their share. A single task, needed by the first layer's
+attention only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import triton.language as tl
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
+
+ITEM_WORDS = tl.constexpr(4)
 
 
 @triton.jit
@@ -40,7 +43,11 @@ def batch_items_tile(
     num_splits = tl.where(begins, tl.minimum(position // SPLIT_TOKENS + 1, MAX_SPLITS), 0)
     up_to = tl.cumsum(num_splits, axis=0)
     for split in tl.range(0, MAX_SPLITS, num_stages=1):
-        tl.store(items_ptr + up_to - num_splits + split, token | (split << 16), mask=split < num_splits)
+        item_ptr = items_ptr + (up_to - num_splits + split) * ITEM_WORDS
+        tl.store(item_ptr, token | (split << 16), mask=split < num_splits)
+        tl.store(item_ptr + 1, last, mask=split < num_splits)
+        tl.store(item_ptr + 2, sequence, mask=split < num_splits)
+        tl.store(item_ptr + 3, position, mask=split < num_splits)
     tl.store(counts_ptr, tl.sum(num_splits, axis=0))
     s = tl.arange(0, BLOCK_S)
     chooses = (tl.load(output_token_ptr + s, mask=s < MAX_SEQUENCES, other=-1) >= 0).to(tl.int32)
@@ -76,7 +83,7 @@ def cut_batch_items(
     max_tokens, max_sequences = token_positions.numel, output_token.numel
     cut = Cut(
         {
-            "MAX_TOKENS": max_tokens, "MAX_SEQUENCES": max_sequences, "MAX_SPLITS": items.numel // max_tokens,
+            "MAX_TOKENS": max_tokens, "MAX_SEQUENCES": max_sequences, "MAX_SPLITS": items.dims[0] // max_tokens,
             "BLOCK_TOKENS": block_tokens, "SPLIT_TOKENS": split_tokens,
             "BLOCK_T": next_power_of_2(max_tokens), "BLOCK_S": next_power_of_2(max_sequences),
         },
@@ -102,13 +109,14 @@ def batch_items_torch(
     output_token: torch.Tensor,
     block_tokens: int,
     split_tokens: int,
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Items (first token, split) in the order of the tokens, and outputs."""
+) -> tuple[list[tuple[int, int, int, int, int]], list[int]]:
+    """Items (first token, split, last token, sequence, its position) in the order of the tokens, and outputs."""
     items = []
-    for first, count in zip(first_token.tolist(), sequence_tokens.tolist(), strict=True):
+    for sequence, (first, count) in enumerate(zip(first_token.tolist(), sequence_tokens.tolist(), strict=True)):
         for token in range(first, first + count, block_tokens):
             last = min(token + block_tokens, first + count) - 1
-            items += [(token, split) for split in range(int(positions[last]) // split_tokens + 1)]
+            position = int(positions[last])
+            items += [(token, split, last, sequence, position) for split in range(position // split_tokens + 1)]
     return sorted(items), [s for s, token in enumerate(output_token.tolist()) if token >= 0]
 
 

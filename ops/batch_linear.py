@@ -12,20 +12,40 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import (
-    ROWS,
-    TOKENS,
-    all_tokens,
-    even_block,
-    multiply_rows,
-    of_block,
-    tile_sizes,
-    token_blocks,
-    token_rstd,
-)
+from tri_mpk.ops.batch_gemm import for_all_tokens, halves, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def finish_linear(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
+    y_ptr, bias_ptr, token, rstd = args
+    N: tl.constexpr = CONSTANTS[0]
+    HAS_BIAS: tl.constexpr = CONSTANTS[3]
+    y *= rstd[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    at = y_ptr + token[None, :] * N + row[:, None]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    return state
+
+
+@triton.jit(noinline=True)
+def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
+    row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr = args
+    K: tl.constexpr = CONSTANTS[1]
+    EPS: tl.constexpr = CONSTANTS[2]
+    NUM_PARTS: tl.constexpr = CONSTANTS[4]
+    MAX_TOKENS: tl.constexpr = CONSTANTS[5]
+    HALVES: tl.constexpr = CONSTANTS[6]
+    token = first + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
+    multiply_rows(
+        row0, num_rows, weight_ptr, weight_ptr, xb_ptr, token, is_token, (),
+        (y_ptr, bias_ptr, token, rstd), finish_linear, CONSTANTS, K, False, HALVES, TOKENS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -34,30 +54,15 @@ def batch_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    block_rows = even_block(num_rows, ROWS)
+    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    tokens = all_tokens(BLOCKS)
-    rstd = token_rstd(squares_ptr, tokens, tokens < num_tokens, K, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
-    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
-        left = tl.minimum(block_rows, num_rows - done)
-        row = row0 + done + tl.arange(0, ROWS)
-        is_row = tl.arange(0, ROWS) < left
-        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
-            token = first + tl.arange(0, TOKENS)
-            is_token = token < num_tokens
-            y = multiply_rows(
-                weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_tokens, xb_ptr, xb_ptr,
-                K, False, False, TILE_K, STAGES,
-            )  # fmt: skip
-            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-            at = y_ptr + token[None, :] * N + row[:, None]
-            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    for_all_tokens(
+        num_tokens, (row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr),
+        linear_of_tokens, (N, K, EPS, HAS_BIAS, NUM_PARTS, MAX_TOKENS, HALVES), MAX_TOKENS, HALVES,
+    )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
 
@@ -78,8 +83,8 @@ def cut_batch_linear(
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
-            **tile_sizes(weight, -(-num_rows // machine.num_workers)),
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
+            "HALVES": halves(-(-num_rows // min(num_rows, grid_dim or machine.num_workers))),
         },
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,

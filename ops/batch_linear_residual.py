@@ -12,22 +12,39 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import (
-    ROWS,
-    TOKENS,
-    all_tokens,
-    even_block,
-    multiply_rows,
-    normed_torch,
-    of_block,
-    store_residual,
-    tile_sizes,
-    token_blocks,
-    with_block,
-)
+from tri_mpk.ops.batch_gemm import for_all_tokens, halves, multiply_rows, normed_torch, prefetch_rows, store_residual
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def finish_residual(y, row, is_row, is_token, squares, args, CONSTANTS: tl.constexpr):
+    x_ptr, xb_ptr, bias_ptr, gain_ptr, token = args
+    N: tl.constexpr = CONSTANTS[0]
+    HAS_BIAS: tl.constexpr = CONSTANTS[2]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    mask = is_row[:, None] & is_token[None, :]
+    x = y + tl.load(x_ptr + token[None, :] * N + row[:, None], mask=mask, other=0.0)
+    return squares + store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
+
+
+@triton.jit(noinline=True)
+def linear_residual_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
+    part, row0, num_rows, inputs, outputs = args
+    K: tl.constexpr = CONSTANTS[1]
+    MAX_TOKENS: tl.constexpr = CONSTANTS[3]
+    HALVES: tl.constexpr = CONSTANTS[4]
+    h_ptr, weight_ptr, bias_ptr, gain_ptr = inputs
+    x_ptr, xb_ptr, squares_ptr = outputs
+    token = first + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    squares = multiply_rows(
+        row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, tl.zeros([TOKENS], tl.float64),
+        (x_ptr, xb_ptr, bias_ptr, gain_ptr, token), finish_residual, CONSTANTS, K, False, HALVES, TOKENS,
+    )  # fmt: skip
+    tl.store(squares_ptr + part * MAX_TOKENS + token, squares.to(tl.float32), mask=is_token)
 
 
 @triton.jit
@@ -36,33 +53,17 @@ def batch_linear_residual_tile(
     num_tokens_ptr, h_ptr, weight_ptr, bias_ptr, gain_ptr,  # in
     x_ptr, xb_ptr, squares_ptr,  # in and out, out, out
     part, row0, num_rows,
-    N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    block_rows = even_block(num_rows, ROWS)
+    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    squares = tl.zeros([BLOCKS, TOKENS], tl.float32)
-    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
-        left = tl.minimum(block_rows, num_rows - done)
-        row = row0 + done + tl.arange(0, ROWS)
-        is_row = tl.arange(0, ROWS) < left
-        for first in tl.range(0, num_tokens, TOKENS, num_stages=1, disable_licm=True):
-            token = first + tl.arange(0, TOKENS)
-            is_token = token < num_tokens
-            y = multiply_rows(
-                weight_ptr, weight_ptr, row0 + done, left, h_ptr, first, num_tokens, h_ptr, h_ptr,
-                K, False, False, TILE_K, STAGES,
-            )  # fmt: skip
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-            mask = is_row[:, None] & is_token[None, :]
-            x = y + tl.load(x_ptr + token[None, :] * N + row[:, None], mask=mask, other=0.0)
-            square = store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
-            square += of_block(squares, first // TOKENS, BLOCKS)
-            squares = with_block(squares, first // TOKENS, square, BLOCKS)
-    tokens = all_tokens(BLOCKS)
-    tl.store(squares_ptr + part * MAX_TOKENS + tokens, squares, mask=tokens < num_tokens)
+    for_all_tokens(
+        num_tokens,
+        (part, row0, num_rows, (h_ptr, weight_ptr, bias_ptr, gain_ptr), (x_ptr, xb_ptr, squares_ptr)),
+        linear_residual_of_tokens, (N, K, HAS_BIAS, MAX_TOKENS, HALVES), MAX_TOKENS, HALVES,
+    )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
 
@@ -85,9 +86,8 @@ def cut_batch_linear_residual(
         raise ValueError(f"squares={squares.name} is for {num_parts} tasks, got grid_dim={grid_dim}; leave it out")
     cut = Cut(
         {
-            "N": num_rows, "K": k, "HAS_BIAS": bias is not None,
-            "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(max_tokens),
-            **tile_sizes(weight, -(-num_rows // num_parts)),
+            "N": num_rows, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens,
+            "HALVES": halves(-(-num_rows // num_parts)),
         },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or squares,

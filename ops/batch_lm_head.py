@@ -14,22 +14,50 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import (
-    ROWS,
-    TOKENS,
-    all_tokens,
-    even_block,
-    multiply_rows,
-    of_block,
-    tile_sizes,
-    token_blocks,
-    token_rstd,
-    with_block,
-)
+from tri_mpk.ops.batch_gemm import for_all_tokens, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
+
+
+@triton.jit
+def finish_logits(y, row, is_row, is_output, state, args, CONSTANTS: tl.constexpr):
+    best, best_row = state
+    logits_of_ptr, sequence, rstd = args
+    V: tl.constexpr = CONSTANTS[0]
+    y *= rstd[None, :]
+    at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]
+    tl.store(at, y, mask=is_row[:, None] & is_output[None, :])
+    y = tl.where(is_row[:, None], y, float("-inf"))
+    value = tl.max(y, axis=0)
+    value_row = tl.min(tl.where(y == value[None, :], row[:, None], 0x7FFFFFFF), axis=0)
+    better = value > best
+    return tl.where(better, value, best), tl.where(better, value_row, best_row)
+
+
+@triton.jit(noinline=True)
+def logits_of_outputs(first, num_outputs, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
+    part, row0, num_rows, inputs, outputs = args
+    D: tl.constexpr = CONSTANTS[1]
+    EPS: tl.constexpr = CONSTANTS[2]
+    NUM_BEST: tl.constexpr = CONSTANTS[3]
+    NUM_PARTS: tl.constexpr = CONSTANTS[4]
+    MAX_TOKENS: tl.constexpr = CONSTANTS[5]
+    outputs_ptr, output_token_ptr, xb_ptr, squares_ptr, weight_ptr = inputs
+    logits_of_ptr, best_value_ptr, best_index_ptr = outputs
+    output = first + tl.arange(0, TOKENS)
+    is_output = output < num_outputs
+    sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
+    token = tl.load(output_token_ptr + sequence, mask=is_output, other=0)
+    rstd = token_rstd(squares_ptr, token, is_output, D, EPS, NUM_PARTS, MAX_TOKENS)
+    none = tl.full([TOKENS], float("-inf"), tl.float32), tl.zeros([TOKENS], tl.int32)
+    best, best_row = multiply_rows(
+        row0, num_rows, weight_ptr, weight_ptr, xb_ptr, token, is_output, none,
+        (logits_of_ptr, sequence, rstd), finish_logits, CONSTANTS, D, False, 1, TOKENS,
+    )  # fmt: skip
+    tl.store(best_value_ptr + sequence * NUM_BEST + part, best, mask=is_output)
+    tl.store(best_index_ptr + sequence * NUM_BEST + part, best_row, mask=is_output)
 
 
 @triton.jit
@@ -38,43 +66,19 @@ def batch_lm_head_tile(
     counts_ptr, outputs_ptr, output_token_ptr, xb_ptr, squares_ptr, weight_ptr,  # in
     logits_of_ptr, best_value_ptr, best_index_ptr,  # out
     part, row0, num_rows,
-    V: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, NUM_BEST: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, NUM_BEST: tl.constexpr, MAX_OUTPUTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    block_rows = even_block(num_rows, ROWS)
+    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, D, False, 1, PORTABLE)
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    num_outputs = tl.load(counts_ptr + 1)
-    outputs = all_tokens(BLOCKS)
-    sequences = tl.load(outputs_ptr + outputs, mask=outputs < num_outputs, other=0)
-    tokens = tl.load(output_token_ptr + sequences, mask=outputs < num_outputs, other=0)
-    rstd = token_rstd(squares_ptr, tokens, outputs < num_outputs, D, EPS, NUM_PARTS, MAX_TOKENS, BLOCKS)
-    best = tl.full([BLOCKS, TOKENS], float("-inf"), tl.float32)
-    best_row = tl.zeros([BLOCKS, TOKENS], tl.int32)
-    for done in tl.range(0, num_rows, block_rows, num_stages=1, disable_licm=True):
-        left = tl.minimum(block_rows, num_rows - done)
-        row = row0 + done + tl.arange(0, ROWS)
-        is_row = tl.arange(0, ROWS) < left
-        for first in tl.range(0, num_outputs, TOKENS, num_stages=1, disable_licm=True):
-            output = first + tl.arange(0, TOKENS)
-            is_output = output < num_outputs
-            sequence = tl.load(outputs_ptr + output, mask=is_output, other=0)
-            y = multiply_rows(
-                weight_ptr, weight_ptr, row0 + done, left, xb_ptr, first, num_outputs, outputs_ptr, output_token_ptr,
-                D, False, True, TILE_K, STAGES,
-            )  # fmt: skip
-            y *= of_block(rstd, first // TOKENS, BLOCKS)[None, :]
-            at = logits_of_ptr + sequence.to(tl.int64)[None, :] * V + row[:, None]
-            tl.store(at, y, mask=is_row[:, None] & is_output[None, :])
-            y = tl.where(is_row[:, None], y, float("-inf"))
-            value = tl.max(y, axis=0)
-            value_row = tl.min(tl.where(y == value[None, :], row[:, None], 0x7FFFFFFF), axis=0)
-            better = value[None, :] > best
-            best_row = tl.where(better, with_block(best_row, first // TOKENS, value_row, BLOCKS), best_row)
-            best = tl.where(better, with_block(best, first // TOKENS, value, BLOCKS), best)
-    at = sequences * NUM_BEST + part
-    tl.store(best_value_ptr + at, best, mask=outputs < num_outputs)
-    tl.store(best_index_ptr + at, best_row, mask=outputs < num_outputs)
+    for_all_tokens(
+        tl.load(counts_ptr + 1),
+        (
+            part, row0, num_rows, (outputs_ptr, output_token_ptr, xb_ptr, squares_ptr, weight_ptr),
+            (logits_of_ptr, best_value_ptr, best_index_ptr),
+        ),
+        logits_of_outputs, (V, D, EPS, NUM_BEST, NUM_PARTS, MAX_TOKENS), MAX_OUTPUTS, 1,
+    )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
 
@@ -100,9 +104,8 @@ def cut_batch_lm_head(
         raise ValueError(f"best_value={best_value.name} is for {num_best} tasks, got grid_dim={grid_dim}; leave it out")
     cut = Cut(
         {
-            "V": vocab_size, "D": k, "EPS": eps, "NUM_BEST": num_best,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens, "BLOCKS": token_blocks(outputs.numel),
-            **tile_sizes(weight, -(-vocab_size // num_best)),
+            "V": vocab_size, "D": k, "EPS": eps, "NUM_BEST": num_best, "MAX_OUTPUTS": outputs.numel,
+            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
         },
         {
             "counts_ptr": counts, "outputs_ptr": outputs, "output_token_ptr": output_token,

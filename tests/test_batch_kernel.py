@@ -73,8 +73,6 @@ def test_refusals():
         meta_kernel(max_tokens_per_step=40000)
     with pytest.raises(NotImplementedError, match="several ranks"):
         meta_kernel(world_size=2)
-    with pytest.raises(ValueError, match="page_size=32 must be a multiple of 64"):
-        build(meta_kernel(), page_size=32)
 
 
 def test_layers_check_dims():

@@ -348,7 +348,7 @@ def run_batch_bench(
     *,
     num_steps: int = 32,
     launches: int = 10,
-    tokens_per_step: int = 64,
+    tokens_per_step: int = 256,
     prompt: int = DEFAULT_PROMPT,
     baseline: bool = True,
     attentions: Sequence[str] = BATCH_ATTENTIONS,

@@ -15,7 +15,7 @@ from tri_mpk.ops.attention import default_scale
 from tri_mpk.ops.batch_attention import BATCH_ATTENTION, block_tokens, num_item_parts
 from tri_mpk.ops.batch_embedding import BATCH_EMBEDDING
 from tri_mpk.ops.batch_gated_linear import BATCH_GATED_LINEAR
-from tri_mpk.ops.batch_items import BATCH_ITEMS
+from tri_mpk.ops.batch_items import BATCH_ITEMS, ITEM_WORDS
 from tri_mpk.ops.batch_linear import BATCH_LINEAR
 from tri_mpk.ops.batch_linear_residual import BATCH_LINEAR_RESIDUAL
 from tri_mpk.ops.batch_lm_head import BATCH_LM_HEAD
@@ -28,7 +28,6 @@ from tri_mpk.persistent_kernel import PersistentKernel, check_dims, matrix_dims
 from tri_mpk.runtime import LaunchRequest
 
 MAX_TOKENS_PER_STEP = 1 << 15  # an item of attention has 16 bits for its first token, and the sign
-BLOCK_KV = 64  # tokens of the KV cache that attention loads at once
 SPLIT_TOKENS = 256  # of the KV cache that an item of attention has, unless there would be more than MAX_SPLITS
 MAX_SPLITS = 32
 
@@ -75,7 +74,7 @@ class StepWork:
 
     @property
     def max_splits(self) -> int:
-        return self.items.numel // self.plan.max_tokens
+        return self.items.dims[0] // self.plan.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,7 @@ class BatchKernel(PersistentKernel):
         split_tokens = -(-self.max_seq_len // (max_splits * SPLIT_TOKENS)) * SPLIT_TOKENS
         work = StepWork(
             plan,
-            self.new_tensor((plan.max_tokens * max_splits,), torch.int32, "items"),
+            self.new_tensor((plan.max_tokens * max_splits, ITEM_WORDS.value), torch.int32, "items"),
             self.new_tensor((plan.max_sequences,), torch.int32, "outputs"),
             self.new_tensor((2,), torch.int32, "counts"),
             num_q_heads,
@@ -292,8 +291,6 @@ class BatchKernel(PersistentKernel):
         check_dims("batch_attention_layer", q, "q", (tokens, num_q_heads, head_dim))
         check_dims("batch_attention_layer", output, "output", (tokens, num_q_heads * head_dim))
         check_dims("batch_attention_layer", parts[0], "parts[0]", (work.max_splits, *q.dims))
-        if page_size % BLOCK_KV:
-            raise ValueError(f"page_size={page_size} must be a multiple of {BLOCK_KV}, the tokens read at once")
         of_tokens = {"token_positions": plan.token_positions, "token_sequences": plan.token_sequences}
         cache = {"page_table": plan.page_table, "q": q, "k_cache": k_cache, "v_cache": v_cache}
         append = {
@@ -303,11 +300,10 @@ class BatchKernel(PersistentKernel):
         scale = default_scale(head_dim) if scale is None else scale
         self._call(APPEND_KV, f"{label} append", None, policy, of_tokens | cache | append, scale=scale, eps=eps)
         attend = {
-            "counts": work.counts, "items": work.items, "first_token": plan.first_token,
-            "sequence_tokens": plan.sequence_tokens, "parts": parts[0], "lse": parts[1],
+            "counts": work.counts, "items": work.items, "parts": parts[0], "lse": parts[1],
         }  # fmt: skip
         split = {"split_tokens": work.split_tokens}
-        self._call(BATCH_ATTENTION, label, None, policy, of_tokens | cache | attend, **split, block_kv=BLOCK_KV)
+        self._call(BATCH_ATTENTION, label, None, policy, cache | attend, **split)
         merge = {
             "num_tokens": plan.num_tokens, "token_positions": plan.token_positions,
             "parts": parts[0], "lse": parts[1], "output": output,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tri_mpk.batch_kernel import BLOCK_KV, MAX_TOKENS_PER_STEP
+from tri_mpk.batch_kernel import MAX_TOKENS_PER_STEP
 
 PAGE_SIZE = 128
 
@@ -19,7 +19,7 @@ class Batching:
     """
 
     max_batch_size: int = 1
-    max_tokens_per_step: int = 64
+    max_tokens_per_step: int = 256
     num_pages: int | None = None
     page_size: int = PAGE_SIZE
 
@@ -30,8 +30,6 @@ class Batching:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
-        if self.page_size % BLOCK_KV:
-            raise ValueError(f"page_size={self.page_size} must be a multiple of {BLOCK_KV}, the tokens read at once")
         if self.max_tokens_per_step > MAX_TOKENS_PER_STEP:
             raise ValueError(f"max_tokens_per_step={self.max_tokens_per_step} must be at most {MAX_TOKENS_PER_STEP}")
         if self.is_one:

@@ -39,7 +39,7 @@ def from_pretrained(
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
     max_batch_size: int = 1,
-    max_tokens_per_step: int = 64,
+    max_tokens_per_step: int = 256,
     num_pages: int | None = None,
     page_size: int = PAGE_SIZE,
     **hub: object,
@@ -141,7 +141,7 @@ def from_model(
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
     max_batch_size: int = 1,
-    max_tokens_per_step: int = 64,
+    max_tokens_per_step: int = 256,
     num_pages: int | None = None,
     page_size: int = PAGE_SIZE,
 ) -> CausalLM:
@@ -217,7 +217,7 @@ def from_config(
     tensor_parallel: int | str = "auto",
     reduce_dtype: torch.dtype | str = torch.float32,
     max_batch_size: int = 1,
-    max_tokens_per_step: int = 64,
+    max_tokens_per_step: int = 256,
     num_pages: int | None = None,
     page_size: int = PAGE_SIZE,
 ) -> CausalLM:

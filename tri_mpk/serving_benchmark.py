@@ -144,7 +144,7 @@ def run_serving_bench(
     traffic: Traffic = Traffic(1.0),  # noqa: B008  it is frozen
     *,
     max_batch_size: int = 64,
-    tokens_per_step: int = 64,
+    tokens_per_step: int = 256,
     num_pages: int | None = None,
     num_workers: int | None = None,
     device: torch.device | str | None = None,

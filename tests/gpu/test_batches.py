@@ -31,11 +31,12 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+@pytest.fixture(scope="module", params=[(name, tokens) for name in MODELS for tokens in (64, 300)], ids=str)
 def decoder(request) -> BatchDecoder:
-    model = in_bfloat16(transformers_model(copy.deepcopy(request.param)).to(CUDA))
+    name, tokens = request.param
+    model = in_bfloat16(transformers_model(copy.deepcopy(MODELS[name])).to(CUDA))
     return BatchDecoder(
-        model, max_batch_size=8, max_tokens_per_step=64, max_seq_len=1024, page_size=128, num_workers=None
+        model, max_batch_size=8, max_tokens_per_step=tokens, max_seq_len=1024, page_size=128, num_workers=None
     )
 
 
@@ -61,11 +62,12 @@ def test_as_close_to_fp32_as_transformers_is(decoder):
 
 
 def test_bits_depend_on_no_neighbour(decoder):
-    """Nor on the cut of the prompt into chunks, on the slot, or on the place in the step."""
+    """Nor on the cut of the prompt into chunks, on the slot, on the place in the step, or on the tokens in the step."""
     text, *others = decoder.tokens(331, 40, 17, 23)
+    most = decoder.kernel.max_tokens_per_step
     decoder.forget()
-    for at in range(0, 330, 64):
-        decoder.step({0: text[at : min(at + 64, 330)]})
+    for at in range(0, 330, most):
+        decoder.step({0: text[at : min(at + most, 330)]})
     alone = decoder.step({0: text[330:]})[0]
     assert not alone.isnan().any()
     decoder.forget()

@@ -8,7 +8,7 @@ import torch
 from batch_harness import BatchHarness
 from tolerances import check_close
 from tri_mpk.ops.append_kv import APPEND_KV
-from tri_mpk.ops.batch_attention import BATCH_ATTENTION, block_tokens, split_pages
+from tri_mpk.ops.batch_attention import BATCH_ATTENTION, block_positions, block_tokens
 from tri_mpk.ops.batch_embedding import BATCH_EMBEDDING
 from tri_mpk.ops.batch_gated_linear import BATCH_GATED_LINEAR
 from tri_mpk.ops.batch_items import BATCH_ITEMS
@@ -142,7 +142,7 @@ def test_items(harness, results):
         block_tokens(6, 2), work.split_tokens,
     )  # fmt: skip
     num_items, num_outputs = work.counts.data.tolist()
-    found = [(item & 0xFFFF, item >> 16) for item in work.items.data[:num_items].tolist()]
+    found = [(item & 0xFFFF, item >> 16, *rest) for item, *rest in work.items.data[:num_items].tolist()]
     assert found == items and len(items) == 7 and (work.items.data[num_items:] == -1).all()
     assert work.outputs.data[:num_outputs].tolist() == outputs == [0, 1, 4]
 
@@ -200,6 +200,6 @@ def test_merge_of_several_parts():
     check_close(actual=BATCH_MERGE.reference(parts, lse), expected=expected.view(-1))
 
 
-def test_pages_of_a_split():
-    assert split_pages(256, 128) == 2 and split_pages(256, 256) == 1 and split_pages(64, 128) == 1
-    assert split_pages(256, 192) == 3  # from position 256 on: pages 1 and 2; from 512 on: 2, 3; from 128... never more
+def test_positions_that_are_loaded_at_once():
+    for split_tokens, head_dim, expected in ((256, 128, 256), (512, 80, 256), (256, 256, 128), (256, 64, 256)):
+        assert block_positions(split_tokens, head_dim, itemsize=2) == expected

@@ -113,7 +113,9 @@ def generate(
     ] = "auto",
     reduce_dtype: Annotated[str, typer.Option(help="Of what ranks send each other.")] = "float32",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Above 1: the kernel of many sequences.")] = 1,
-    max_tokens_per_step: Annotated[int, typer.Option(min=1, help="Of that kernel: how long a prompt's chunk is.")] = 64,
+    max_tokens_per_step: Annotated[
+        int, typer.Option(min=1, help="Of that kernel: how long a prompt's chunk is.")
+    ] = 256,
     num_pages: Annotated[int | None, typer.Option(min=1, help="Of that kernel's KV cache.")] = None,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 128,
     eos_token_id: EosOption = None,
