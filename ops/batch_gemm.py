@@ -91,8 +91,9 @@ def multiply_rows(
     BLOCK: tl.constexpr = ROWS // 2 if GATED or HALVES == 2 else ROWS
     ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     TILE_K: tl.constexpr = 256 // ITEM
-    STAGES: tl.constexpr = TILES_BYTES // ((ROWS + TOKENS * HALVES) * TILE_K * ITEM)
     STEPS: tl.constexpr = (K + TILE_K * HALVES - 1) // (TILE_K * HALVES)
+    # where each step ends a block, FINISH is not behind a condition, and its loads would have stages as well
+    STAGES: tl.constexpr = TILES_BYTES // ((ROWS + TOKENS * HALVES) * TILE_K * ITEM) if STEPS > 1 else 1
     HALF: tl.constexpr = STEPS * TILE_K
     block_rows = even_block(num_rows, BLOCK)
     tile_row = tl.arange(0, ROWS)[:, None]

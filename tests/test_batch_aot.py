@@ -21,6 +21,7 @@ from tri_mpk.ops.batch_gemm import TILES_BYTES
 REPORT = """
 import dataclasses, json, re, sys
 import torch
+from transformers import LlamaConfig
 from tri_mpk.aot import compile_for, resources
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.generator import write_source
@@ -29,7 +30,9 @@ from tri_mpk.loading import empty_model
 from tri_mpk.models import describe
 from tri_mpk.models.batch_decoder import build_batch
 from tri_mpk.program import SharedMemoryPlan
-config = geometry(sys.argv[1])
+sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+small = LlamaConfig(**sizes, vocab_size=997, max_position_embeddings=8192)
+config = small if sys.argv[1] == "small" else geometry(sys.argv[1])
 config.num_hidden_layers = 2
 sequences, tokens = int(sys.argv[2]), int(sys.argv[3])
 step = torch.zeros(1, dtype=torch.int32, device="meta")
@@ -70,6 +73,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
     scope="module",
     params=[
         ("Qwen3-8B", 64, 256, "static", 72),
+        ("small", 8, 64, "static", 32),  # matrices whose K is a single tile
         pytest.param(("Qwen3-8B", 8, 64, "hybrid", 32), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 8, 256, "static", 24), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 64, 64, "static", 72), marks=pytest.mark.slow),

@@ -76,9 +76,11 @@ def test_too_little_for_a_ring(program):
 
 def test_no_ring_needs_no_slots(program):
     plain = dataclasses.replace(program, constants=dataclasses.replace(program.constants, ring=False))
-    plan = SharedMemoryPlan.divide(plain, COMPILER_BYTES + 1, limit=0)
+    plan = SharedMemoryPlan.divide(plain, COMPILER_BYTES + 1, HOPPER)
     assert (plan.ring_slots, plan.slot_bytes) == (0, 0)
     assert plan.base >= COMPILER_BYTES + 1 and plan.num_bytes == plan.base + SHARED_BYTES.value
+    with pytest.raises(DeviceError, match=f"needs {plan.num_bytes} bytes of shared memory, but a block has 1000 here"):
+        SharedMemoryPlan.divide(plain, COMPILER_BYTES + 1, 1000)
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,14 @@ class SharedMemoryPlan:
 
     @classmethod
     def divide(cls, program: Program, compiler_bytes: int, limit: int) -> SharedMemoryPlan:
-        """As many slots as fit under `limit`. Raises DeviceError when not even three do."""
+        """As many slots as fit under `limit`. Raises DeviceError when not even three do, or what the compiler wants."""
         streams = [task.stream for task in program.graph.tasks if task.stream]
         if not program.constants.ring or not streams:
             base = -(-compiler_bytes // 128) * 128
-            return cls(base, 0, 0, base + SHARED_BYTES.value)
+            num_bytes = base + SHARED_BYTES.value
+            if num_bytes > limit:
+                raise DeviceError(f"the kernel needs {num_bytes} bytes of shared memory, but a block has {limit} here")
+            return cls(base, 0, 0, num_bytes)
         slot = program.constants.slot_bytes
         queues = program.schedule.static_queues()
         num_streams = max(sum(program.graph.tasks[t].stream is not None for t in queue) for queue in queues)
