@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import for_all_tokens, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
@@ -60,7 +60,7 @@ def batch_gated_linear_tile(
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     for_all_tokens(
         num_tokens, (row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr),
-        gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, 1,
+        gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, MANY,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 

@@ -58,14 +58,17 @@ def even_block(num_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def for_all_tokens(
-    num_tokens, args, FOR_TOKENS: tl.constexpr, CONSTANTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr
+    num_tokens, args, FOR_TOKENS: tl.constexpr, CONSTANTS: tl.constexpr, MAX_TOKENS: tl.constexpr, LARGEST: tl.constexpr
 ):
-    """FOR_TOKENS(first, num_tokens, args, CONSTANTS, TOKENS) until all tokens, from `first` on, have had their turn."""
+    """FOR_TOKENS(first, num_tokens, args, CONSTANTS, TOKENS) until all tokens, from `first` on, have had their turn.
+
+    LARGEST: SOME for what has not registers enough for MANY: halves of K, and the residual stream.
+    """
     if num_tokens <= FEW:
         if num_tokens > 0:
             FOR_TOKENS(0, num_tokens, args, CONSTANTS, FEW)
     elif MAX_TOKENS > FEW:
-        if HALVES == 2:
+        if LARGEST == SOME:
             for first in tl.range(0, num_tokens, SOME, num_stages=1, disable_licm=True):
                 FOR_TOKENS(first, num_tokens, args, CONSTANTS, SOME)
         elif num_tokens <= SOME:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import for_all_tokens, halves, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import MANY, SOME, for_all_tokens, halves, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
@@ -61,7 +61,8 @@ def batch_linear_tile(
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     for_all_tokens(
         num_tokens, (row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr),
-        linear_of_tokens, (N, K, EPS, HAS_BIAS, NUM_PARTS, MAX_TOKENS, HALVES), MAX_TOKENS, HALVES,
+        linear_of_tokens, (N, K, EPS, HAS_BIAS, NUM_PARTS, MAX_TOKENS, HALVES), MAX_TOKENS,
+        SOME if HALVES == 2 else MANY,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 

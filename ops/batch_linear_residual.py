@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import for_all_tokens, halves, multiply_rows, normed_torch, prefetch_rows, store_residual
+from tri_mpk.ops.batch_gemm import (
+    SOME,
+    for_all_tokens,
+    halves,
+    multiply_rows,
+    normed_torch,
+    prefetch_rows,
+    store_residual,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
@@ -62,7 +70,7 @@ def batch_linear_residual_tile(
     for_all_tokens(
         num_tokens,
         (part, row0, num_rows, (h_ptr, weight_ptr, bias_ptr, gain_ptr), (x_ptr, xb_ptr, squares_ptr)),
-        linear_residual_of_tokens, (N, K, HAS_BIAS, MAX_TOKENS, HALVES), MAX_TOKENS, HALVES,
+        linear_residual_of_tokens, (N, K, HAS_BIAS, MAX_TOKENS, HALVES), MAX_TOKENS, SOME,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import for_all_tokens, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal, wait
@@ -77,7 +77,7 @@ def batch_lm_head_tile(
             part, row0, num_rows, (outputs_ptr, output_token_ptr, xb_ptr, squares_ptr, weight_ptr),
             (logits_of_ptr, best_value_ptr, best_index_ptr),
         ),
-        logits_of_outputs, (V, D, EPS, NUM_BEST, NUM_PARTS, MAX_TOKENS), MAX_OUTPUTS, 1,
+        logits_of_outputs, (V, D, EPS, NUM_BEST, NUM_PARTS, MAX_TOKENS), MAX_OUTPUTS, MANY,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
