@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from commands import add_options, report_each
 
+from tri_mpk.baseline import ATTENTIONS
 from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench
 from tri_mpk.distributed import world
 from tri_mpk.geometries import GEOMETRIES
@@ -48,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-tokens", type=int, default=32, help="tokens per launch")
     parser.add_argument("--launches", type=int, default=20)
     parser.add_argument("--no-baseline", action="store_true", help="skip torch.compile, which takes most of the time")
+    parser.add_argument(
+        "--attention", nargs="+", default=list(ATTENTIONS), choices=ATTENTIONS,
+        help="which ones the baseline tries, each with a compilation per context (40 s for 8B); default: all",
+    )  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
     parser.add_argument("--reduce-dtype", default="float32", help="of what ranks send each other: float32 or bfloat16")
@@ -58,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         common |= {"account_too": options.account, "reduce_dtype": getattr(torch, options.reduce_dtype)}
         measure = partial(run_rank_bench, **common)
     else:
-        measure = partial(run_bench, baseline=not options.no_baseline, account=options.account, **common)
+        measure = partial(
+            run_bench, baseline=not options.no_baseline, attentions=options.attention, account=options.account, **common
+        )
     measurements = {name: partial(measure, name, options.context) for name in options.geometry}
     return report_each(measurements, lambda report: print(summary(report)), options)
 

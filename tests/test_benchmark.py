@@ -140,11 +140,12 @@ def test_run_bench_with_stand_ins_for_the_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(benchmark, "WARMUP", 0)
     monkeypatch.setattr(benchmark, "CHECKED_CONTEXTS", (8,))
     monkeypatch.setattr(InterpreterRuntime, "last_launch_ms", 4.0, raising=False)
-    report = run_bench("qwen3-0.6b", [4, 8], num_tokens=2, launches=1, progress=False)
+    report = run_bench("qwen3-0.6b", [4, 8], num_tokens=2, launches=1, attentions=["split"], progress=False)
     assert report["geometry"] == "Qwen3-0.6B"
     assert report["settings"]["max_seq_len"] == 128
     assert [row["context"] for row in report["rows"]] == [4, 8]
     assert all(row["ms_p50"] == 2.0 and row["baseline_ms_p50"] > 0 for row in report["rows"])
+    assert all(list(row["baseline_tried"]) == ["eager/split"] for row in report["rows"])
     assert [row["rel_l2"] is None for row in report["rows"]] == [True, False]
     assert report["rows"][1]["rel_l2"] < 1e-5
     assert report["compile_cold_s"] > 0 and report["compile_cached_s"] > 0

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 import tri_mpk
 from tri_mpk.account import account as account_entries
-from tri_mpk.baseline import copy_bandwidth_gbps, measure_baseline
+from tri_mpk.baseline import ATTENTIONS, copy_bandwidth_gbps, measure_baseline
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import write_source
 from tri_mpk.geometries import GEOMETRIES, geometry, weight_bytes
@@ -296,6 +296,7 @@ def prepare(
     num_tokens: int = 32,
     launches: int = 20,
     baseline: bool = True,
+    attentions: Sequence[str] = ATTENTIONS,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Subject:
@@ -322,7 +323,7 @@ def prepare(
     measured = {}
     if baseline:
         say("the baseline: torch.compile in a CUDA graph")
-        measured = {row["context"]: row for row in measure_baseline(hf_model, contexts)}
+        measured = {row["context"]: row for row in measure_baseline(hf_model, contexts, attentions=attentions)}
     free_memory()
 
     # looked up now: below, the caches are empty
@@ -360,6 +361,7 @@ def run_bench(
     num_tokens: int = 32,
     launches: int = 20,
     baseline: bool = True,
+    attentions: Sequence[str] = ATTENTIONS,
     check: bool = True,
     account: bool = False,
     device: torch.device | str | None = None,
@@ -371,13 +373,14 @@ def run_bench(
         contexts: KV lengths. At 512 and 4096 `check` compares our logits with the fp32 reference.
         num_tokens: tokens per launch; the KV length passes the context half-way.
         baseline: time the torch.compile baseline on the same weights too (takes most of the run).
+        attentions: that the baseline tries at each context, a compilation each.
         account: also time each context with one loss after the other taken away (tri_mpk/account.py).
 
     Raises: DeviceError without a CUDA GPU, ValueError for an unknown geometry, AssertionError when a check fails.
     """
     subject = prepare(
-        geometry_name, contexts, num_tokens=num_tokens, launches=launches, baseline=baseline, device=device,
-        progress=progress,
+        geometry_name, contexts, num_tokens=num_tokens, launches=launches, baseline=baseline,
+        attentions=attentions, device=device, progress=progress,
     )  # fmt: skip
     rows = []
     for context in contexts:
