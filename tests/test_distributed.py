@@ -88,3 +88,14 @@ def test_machines_that_do_not_fit_together(monkeypatch, text, gpus, reachable):
     monkeypatch.setattr(distributed.torch.cuda, "can_device_access_peer", lambda a, b: reachable)
     for error in together(2, lambda ranks: check_machines(ranks, torch.device("cuda", ranks.rank))):
         assert error is None if text is None else isinstance(error, DeviceError) and text in str(error), error
+
+
+def test_ranks_that_do_not_come_to_connect(monkeypatch: pytest.MonkeyPatch):
+    def alone(**_: object) -> None:
+        raise dist.DistStoreError("timed out")
+
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "new_group", alone)
+    with pytest.raises(RankError, match=r"the other ranks did not come to connect within 300 s \(timed out\)"):
+        distributed.connect(2, 0, torch.device("cpu"))

@@ -164,7 +164,10 @@ def connect(world_size: int, rank: int, device: torch.device) -> Ranks:
             f"rank {rank} of {world_size} was asked for, but torch.distributed says rank {dist.get_rank()} of"
             f" {dist.get_world_size()}"
         )
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=MEET_BOUND_S))
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=MEET_BOUND_S))
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError([], f"did not come to connect within {MEET_BOUND_S:g} s ({error})") from error
     ranks = Ranks(rank, world_size, dist.distributed_c10d._get_default_store(), group)
     check_machines(ranks, device)
     return ranks
