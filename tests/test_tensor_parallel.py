@@ -149,9 +149,7 @@ def test_a_rank_that_dies_or_stalls_ends_the_others(victim, how):
 
 def test_a_lost_signal_ends_all_ranks_and_leaves_them_usable():
     results = run_ranks(2, "lost_signal", on=1)
-    text = results[1]["error"]["text"]
-    # a worker that begins another step before the abort adds to the counter, which then looks complete but late
-    assert "1 of 2 signals of event 1 never came" in text or "those of event 1 came after the bound" in text
+    assert "1 of 2 signals of event 1 never came" in results[1]["error"]["text"]
     assert "rank 1 gave up" in results[0]["error"]["text"]
     for rank, result in enumerate(results):
         assert result["error"]["rank"] == rank and result["error"]["silent"] == [] and result["equal"]
