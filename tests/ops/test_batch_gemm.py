@@ -76,7 +76,8 @@ def test_matrices(case, rows):
 def test_logits(case):
     head, num_tokens = case["lm_head"], case["num_tokens"]
     x, token = head["input"], torch.arange(num_tokens)
-    check(head["logits"].data, BATCH_LM_HEAD.reference(x.normed.data, x.squares.data, head["weight"].data, EPS, token), num_tokens)  # fmt: skip # noqa: E501
+    expected = BATCH_LM_HEAD.reference(x.normed.data, x.squares.data, head["weight"].data, EPS, token)
+    check(head["logits"].data, expected, num_tokens)
     for part, columns in enumerate((slice(0, 65), slice(65, 130))):
         best = head["logits"].data[:num_tokens, columns].max(-1)
         assert head["best"][0].data[:num_tokens, part].equal(best.values)
