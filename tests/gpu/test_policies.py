@@ -213,6 +213,7 @@ def test_a_lost_signal_by_value_ends_in_a_timeout(experts):
     runtime.events[(done.first + chosen) * EVENT_STRIDE] -= 1
     with pytest.raises(MegakernelTimeout) as caught:
         made.mpk(num_tokens=1, max_new_tokens=1)
-    assert caught.value.op == "combine" and caught.value.event == done.first + chosen
+    assert caught.value.op in ("combine", None)  # None: workers at the end of the step wait as long as it does
+    assert f"signals of event {done.first + chosen} never came" in caught.value.root_cause
     assert f"expert_2 t{chosen}" in caught.value.root_cause
     made.check_steps(3)
