@@ -2,7 +2,8 @@
 
 Each rank has a heap at an address that all ranks know: first its counters, then its symmetric tensors, at the same
 places on all ranks. So what lies at an address of this rank's heap lies `delta` bytes further in another's. The deltas
-are in the descriptors of all tasks that signal to all ranks, one per rank, 0 for the own one.
+are in the descriptors of all tasks that signal to all ranks, one per rank, 0 for the own one. A task that reaches one
+rank only (`Task.ahead`) has that rank's delta alone: for `push` and `signal_ranks` there is RANKS = 1 then.
 
 A signal is as in device.py, with a release at system scope, once per rank: what all threads of this worker stored
 before, on whatever rank, may be read by those who then see the signal with an acquire at system scope.
