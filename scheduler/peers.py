@@ -44,11 +44,16 @@ def wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def at_peer(task, ptr, index, SIZE: tl.constexpr, PORTABLE: tl.constexpr):
+    """The place `ptr` of the heap of the rank that this task reaches as its `index`-th. SIZE: bytes of an element."""
+    return ptr + task_word(task, TASK_PEERS + index, PORTABLE) // SIZE
+
+
+@triton.jit
 def push(task, ptr, values, mask, SIZE: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
-    """Stores to the place `ptr` of every rank's heap. SIZE: bytes of an element."""
+    """Stores to the place `ptr` of every rank's heap."""
     for rank in tl.static_range(RANKS):
-        delta = task_word(task, TASK_PEERS + rank, PORTABLE) // SIZE
-        tl.store(ptr + delta, values, mask=mask)
+        tl.store(at_peer(task, ptr, rank, SIZE, PORTABLE), values, mask=mask)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ Or it reaches one rank only, so many after its own (`Task.ahead`): of every such
 its counterparts.
 
 Events are derived from rank 0's graph, in which a task that pushes stands for its counterparts: it writes the parts
-that reach this rank. That says who waits for whom; it is not trusted. What is proved is the graph of all ranks (`join`): every
-rank's tasks, tensors, events and queues under names of their own, and signals where the kernel sends them.
+that reach this rank. That says who waits for whom; it is not trusted. What is proved is the graph of all ranks
+(`join`): every rank's tasks, tensors, events and queues under names of their own, and signals where the kernel sends
+them.
 
 The step event gets the same signals on every rank, all of them from tasks that signal to all ranks. So in the proof it
 is one event, and a rank begins a step only when all ranks are done with the last one: nobody can run into another's

@@ -22,6 +22,10 @@ from tri_mpk.ops.batch_lm_head import BATCH_LM_HEAD
 from tri_mpk.ops.batch_merge import BATCH_MERGE
 from tri_mpk.ops.batch_sample import BATCH_SAMPLE
 from tri_mpk.ops.op import TensorHandle
+from tri_mpk.ops.rank_batch_embedding import RANK_BATCH_EMBEDDING
+from tri_mpk.ops.rank_batch_gather import RANK_BATCH_GATHER
+from tri_mpk.ops.rank_batch_linear import RANK_BATCH_LINEAR
+from tri_mpk.ops.rank_batch_residual import RANK_BATCH_RESIDUAL, num_blocks
 from tri_mpk.ops.sample import score_size
 from tri_mpk.ops.sampling import MAX_VOCAB, NUM_INDICES, NUM_SCRATCH
 from tri_mpk.persistent_kernel import PersistentKernel, check_dims, matrix_dims
@@ -81,9 +85,11 @@ class StepWork:
 class Residual:
     """The residual stream, as whoever adds to it leaves it for the next matrix."""
 
-    x: TensorHandle  # [T, D] fp32
+    hidden_size: int  # D
+    x: TensorHandle  # [T, D] fp32; on several ranks this rank's columns of it
     normed: TensorHandle  # [T, D] in the weights' type: x * gain of the next norm
     squares: TensorHandle  # [parts, T] fp32: sums of x^2
+    parts: TensorHandle | None = None  # [ranks, T, columns of a rank], on several ranks: what each adds to x
 
 
 class BatchKernel(PersistentKernel):
@@ -94,8 +100,6 @@ class BatchKernel(PersistentKernel):
 
     def __init__(self, *args, max_batch_size: int, max_tokens_per_step: int, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.world_size > 1:
-            raise NotImplementedError("batches are not supported on several ranks so far; use world_size=1")
         for name, value in (("max_batch_size", max_batch_size), ("max_tokens_per_step", max_tokens_per_step)):
             if not 1 <= value <= MAX_TOKENS_PER_STEP:
                 raise ValueError(f"{name}={value} must be from 1 to {MAX_TOKENS_PER_STEP}")
@@ -125,9 +129,26 @@ class BatchKernel(PersistentKernel):
             self.attach_input(pages, name="page_table"),
         )
 
-    def new_residual(self, hidden_size: int, dtype: torch.dtype, name: str) -> Residual:
-        tokens = self.max_tokens_per_step
+    def new_residual(
+        self, hidden_size: int, dtype: torch.dtype, name: str, reduce_dtype: torch.dtype = torch.float32
+    ) -> Residual:
+        """`reduce_dtype`: of what ranks send each other to be added up."""
+        tokens, ranks = self.max_tokens_per_step, self.world_size
+        if hidden_size % ranks:
+            raise ValueError(
+                f"hidden_size={hidden_size} cannot be shared out among {ranks} ranks; choose a number that divides it"
+            )
+        if ranks > 1:
+            width = hidden_size // ranks
+            return Residual(
+                hidden_size,
+                self.new_tensor((tokens, width), torch.float32, name),
+                self.new_tensor((ranks, tokens * width), dtype, f"{name}.normed", symmetric=True),
+                self.new_tensor((ranks, num_blocks(width) * tokens), torch.float32, f"{name}.squares", symmetric=True),
+                self.new_tensor((ranks, tokens * width), reduce_dtype, f"{name}.parts", symmetric=True),
+            )
         return Residual(
+            hidden_size,
             self.new_tensor((tokens, hidden_size), torch.float32, name),
             self.new_tensor((tokens, hidden_size), dtype, f"{name}.normed"),
             self.new_tensor((min(hidden_size, self.num_workers), tokens), torch.float32, f"{name}.squares"),
@@ -174,9 +195,20 @@ class BatchKernel(PersistentKernel):
         output: Residual,
         label: str | None = None,
         policy: str | None = None,
+        first_row: int = 0,
     ) -> None:
-        """output.x [T, D] = weight[token_ids], weight [V, D]; next_norm [D] is the gain of the norm that comes next."""
-        _check_residual("batch_embed_layer", output, plan, weight.dims[1], next_norm)
+        """output.x [T, D] = weight[token_ids], weight [V, D]; next_norm [D] is the gain of the norm that comes next.
+
+        On several ranks `weight` are the table's rows from `first_row` on; other ranks have the others.
+        """
+        _check_residual("batch_embed_layer", output, weight.dims[1], next_norm)
+        if output.parts:
+            tensors = {
+                "num_tokens": plan.num_tokens, "token_ids": plan.token_ids, "weight": weight, "parts": output.parts
+            }  # fmt: skip
+            self._call(RANK_BATCH_EMBEDDING, label, None, policy, tensors, rank=self.rank, first_row=first_row)
+            self._add_parts(plan, output, next_norm, label, is_first=True)
+            return
         tensors = {
             "num_tokens": plan.num_tokens, "token_ids": plan.token_ids, "weight": weight, "gain": next_norm,
             "output": output.x, "normed": output.normed, "squares": output.squares,
@@ -198,7 +230,7 @@ class BatchKernel(PersistentKernel):
     ) -> None:
         """output [T, N] = weight [N, D] @ rmsnorm(input) + bias [N]."""
         num_rows, hidden_size = matrix_dims("batch_linear_layer", weight)
-        check_dims("batch_linear_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
+        _check_hidden_size("batch_linear_layer", input, hidden_size)
         check_dims("batch_linear_layer", output, "output", (plan.max_tokens, num_rows))
         if bias:
             check_dims("batch_linear_layer", bias, "bias", (num_rows,))
@@ -223,14 +255,32 @@ class BatchKernel(PersistentKernel):
         """residual.x [T, N] += weight [N, K] @ input [T, K] + bias [N]; next_norm [N] as in batch_embed_layer."""
         num_rows, k = matrix_dims("batch_linear_with_residual_layer", weight)
         check_dims("batch_linear_with_residual_layer", input, "input", (plan.max_tokens, k))
-        _check_residual("batch_linear_with_residual_layer", residual, plan, num_rows, next_norm)
+        _check_residual("batch_linear_with_residual_layer", residual, num_rows, next_norm)
         if bias:
             check_dims("batch_linear_with_residual_layer", bias, "bias", (num_rows,))
+        if residual.parts:
+            tensors = {
+                "num_tokens": plan.num_tokens, "input": input, "weight": weight, "bias": bias, "parts": residual.parts
+            }  # fmt: skip
+            self._call(RANK_BATCH_LINEAR, label, None, policy, tensors, rank=self.rank)
+            self._add_parts(plan, residual, next_norm, label)
+            return
         tensors = {
             "num_tokens": plan.num_tokens, "input": input, "weight": weight, "gain": next_norm, "bias": bias,
             "residual": residual.x, "normed": residual.normed, "squares": residual.squares,
         }  # fmt: skip
         self._call(BATCH_LINEAR_RESIDUAL, label, None, policy, tensors)
+
+    def _add_parts(
+        self, plan: StepPlan, residual: Residual, next_norm: TensorHandle, label: str | None, is_first: bool = False
+    ) -> None:
+        """The end of a layer that leaves parts: all ranks together add them to the residual stream."""
+        tensors = {
+            "num_tokens": plan.num_tokens, "parts": residual.parts, "gain": next_norm, "residual": residual.x,
+            "normed": residual.normed, "squares": residual.squares,
+        }  # fmt: skip
+        label = f"{label or len(self.calls)} sum"
+        self._call(RANK_BATCH_RESIDUAL, label, None, None, tensors, rank=self.rank, is_first=is_first)
 
     def batch_gated_linear_layer(
         self,
@@ -248,7 +298,7 @@ class BatchKernel(PersistentKernel):
         """output [T, N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input), weights [N, D]."""
         num_rows, hidden_size = matrix_dims("batch_gated_linear_layer", weight_gate)
         check_dims("batch_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
-        check_dims("batch_gated_linear_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
+        _check_hidden_size("batch_gated_linear_layer", input, hidden_size)
         check_dims("batch_gated_linear_layer", output, "output", (plan.max_tokens, num_rows))
         tensors = {
             "num_tokens": plan.num_tokens, "input": input.normed, "squares": input.squares,
@@ -338,8 +388,11 @@ class BatchKernel(PersistentKernel):
         """logits [S, V] fp32 of sequences with an output token; best value and index [S, tasks], of `new_best`."""
         vocab_size, hidden_size = matrix_dims("batch_lm_head_layer", weight)
         plan = work.plan
-        check_dims("batch_lm_head_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
-        check_dims("batch_lm_head_layer", logits, "logits", (plan.max_sequences, vocab_size))
+        _check_hidden_size("batch_lm_head_layer", input, hidden_size)
+        if logits.dims[0] != plan.max_sequences or logits.dims[1] < vocab_size:
+            raise ValueError(
+                f"batch_lm_head_layer: logits has dims {logits.dims}, expected ({plan.max_sequences}, {vocab_size})"
+            )
         check_dims("batch_lm_head_layer", best[1], "best[1]", best[0].dims)
         self.vocab_size = vocab_size
         tensors = {
@@ -348,6 +401,38 @@ class BatchKernel(PersistentKernel):
             "logits": logits, "best_value": best[0], "best_index": best[1],
         }  # fmt: skip
         self._call(BATCH_LM_HEAD, label, None, policy, tensors, eps=eps)
+
+    def batch_gather_layer(
+        self,
+        *,
+        plan: StepPlan,
+        records: TensorHandle,
+        best: tuple[TensorHandle, TensorHandle],
+        logits: TensorHandle,
+        output: tuple[TensorHandle, TensorHandle],
+        all_logits: TensorHandle,
+        first_row: int,
+        num_rows: int,
+        vocab_size: int,
+        label: str | None = None,
+    ) -> None:
+        """On several ranks: what batch_lm_head_layer left on each, which has `num_rows` of `vocab_size` rows from
+        `first_row` on, for all of them. `output` and `all_logits` are of `new_gathered`.
+        """
+        tensors = {
+            "output_token": plan.output_token, "records": records, "best_value": best[0], "best_index": best[1],
+            "logits": logits, "all_value": output[0], "all_index": output[1], "all_logits": all_logits,
+        }  # fmt: skip
+        rows = {"rank": self.rank, "first_row": first_row, "num_rows": num_rows, "vocab_size": vocab_size}
+        self._call(RANK_BATCH_GATHER, label, None, None, tensors, **rows)
+
+    def new_gathered(self, vocab_size: int) -> tuple[tuple[TensorHandle, TensorHandle], TensorHandle]:
+        """Best value fp32 and index int32 [S, ranks], and logits [S, V] fp32, for batch_gather_layer."""
+        dims, most = (self.world_size, self.max_batch_size), -(-vocab_size // self.world_size)
+        return (
+            self.new_tensor(dims, torch.float32, "all_best_value", symmetric=True),
+            self.new_tensor(dims, torch.int32, "all_best_index", symmetric=True),
+        ), self.new_tensor((dims[0], dims[1] * most), torch.float32, "all_logits", symmetric=True)
 
     def advance_layer(
         self,
@@ -422,7 +507,11 @@ class BatchKernel(PersistentKernel):
         return self.runtime.launched(LaunchRequest.of_batches())
 
 
-def _check_residual(layer: str, residual: Residual, plan: StepPlan, size: int, next_norm: TensorHandle) -> None:
-    check_dims(layer, residual.x, "residual.x", (plan.max_tokens, size))
-    check_dims(layer, residual.normed, "residual.normed", residual.x.dims)
+def _check_hidden_size(layer: str, residual: Residual, size: int) -> None:
+    if residual.hidden_size != size:
+        raise ValueError(f"{layer}: the residual stream has {residual.hidden_size} columns, expected {size}")
+
+
+def _check_residual(layer: str, residual: Residual, size: int, next_norm: TensorHandle) -> None:
+    _check_hidden_size(layer, residual, size)
     check_dims(layer, next_norm, "next_norm", (size,))

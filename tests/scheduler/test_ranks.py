@@ -23,7 +23,13 @@ def rank_graph(num_ranks: int = 2, size: int = 2) -> TaskGraph:
 
 
 def add(
-    graph: TaskGraph, op: str, reads=(), writes=(), pushes=(), to_all_ranks: bool | None = None, ahead: int | None = None
+    graph: TaskGraph,
+    op: str,
+    reads=(),
+    writes=(),
+    pushes=(),
+    to_all_ranks: bool | None = None,
+    ahead: int | None = None,
 ) -> None:
     """A task on elements 0:2 of these tensors; of symmetric ones it reads the rows of all ranks."""
     graph.ops.append(op)
