@@ -21,7 +21,7 @@ from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Address, Region, Task
 from tri_mpk.scheduler.peers import push, signal_ranks
 
-BLOCK = tl.constexpr(4096)
+LOGITS_AT_ONCE = tl.constexpr(4096)
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def rank_batch_gather_tile(
         push(task, best_value_addr.to(tl.pointer_type(tl.float32)), value, None, 4, RANKS, PORTABLE)
         push(task, best_index_addr.to(tl.pointer_type(tl.int32)), first_row + index, None, 4, RANKS, PORTABLE)
         if choice != CHOOSE_BEST:
-            for first in tl.range(0, num_rows, BLOCK, num_stages=1):
-                row = first + tl.arange(0, BLOCK)
+            for first in tl.range(0, num_rows, LOGITS_AT_ONCE, num_stages=1):
+                row = first + tl.arange(0, LOGITS_AT_ONCE)
                 logit = tl.load(logits_ptr + row, mask=row < num_rows, other=0.0)
                 there_ptr = all_logits_addr.to(tl.pointer_type(tl.float32)) + row
                 push(task, there_ptr, logit, row < num_rows, 4, RANKS, PORTABLE)

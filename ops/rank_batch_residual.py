@@ -5,7 +5,7 @@ num tokens [1] read | parts [ranks, T, D / ranks] read | gain [D] of the next no
 x [T, D / ranks] fp32 read and written: x += parts[0] + parts[1] + ..., in this order
 xb [T, D] = x * gain pushed | squares [ranks * blocks, T] fp32 pushed: sums of x^2 over the columns of a block
 An all-gather, the second half of an all-reduce whose first half is rank_batch_linear.py. What is gathered is rounded
-already, half of what the parts are. One task = BLOCK columns of BLOCK_TOKENS tokens; without tokens it signals only.
+already, half of what the parts are. One task = BLOCK_COLUMNS columns of BLOCK_TOKENS tokens; without tokens it only signals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.graph import Region, Task
 from tri_mpk.scheduler.peers import push, signal_ranks, wait_for_ranks
 
-BLOCK = tl.constexpr(64)
+BLOCK_COLUMNS = tl.constexpr(64)
 BLOCK_TOKENS = tl.constexpr(64)
 
 
@@ -32,7 +32,7 @@ def rank_batch_residual_tile(
     RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    col = block * BLOCK + tl.arange(0, BLOCK)
+    col = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     gain = tl.load(gain_ptr + rank * WIDTH + col, mask=col < WIDTH, other=0.0).to(tl.float32)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
     if first_token < num_tokens:
@@ -40,7 +40,7 @@ def rank_batch_residual_tile(
         is_token = token < num_tokens
         mask = is_token[:, None] & (col < WIDTH)[None, :]
         at = token[:, None] * WIDTH + col[None, :]
-        x = tl.zeros([BLOCK_TOKENS, BLOCK], tl.float32)
+        x = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
         if not IS_FIRST:
             x += tl.load(x_ptr + at, mask=mask, other=0.0)
         for sender in tl.static_range(RANKS):
@@ -48,14 +48,14 @@ def rank_batch_residual_tile(
         tl.store(x_ptr + at, x, mask=mask)
         xb = (x * gain[None, :]).to(xb_ptr.dtype.element_ty)
         push(task, xb_ptr + token[:, None] * D + (rank * WIDTH + col)[None, :], xb, mask, SIZE, RANKS, PORTABLE)
-        squares_row_ptr = squares_ptr + (rank * ((WIDTH + BLOCK - 1) // BLOCK) + block) * MAX_TOKENS
+        squares_row_ptr = squares_ptr + (rank * ((WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS) + block) * MAX_TOKENS
         push(task, squares_row_ptr + token, tl.sum(x * x, axis=1), is_token, 4, RANKS, PORTABLE)
     signal_ranks(task, event_ptr, RANKS, PORTABLE)
 
 
 def num_blocks(width: int) -> int:
     """Rows of `squares` that a rank has, which adds up so many columns."""
-    return -(-width // BLOCK.value)
+    return -(-width // BLOCK_COLUMNS.value)
 
 
 def cut_rank_batch_residual(
@@ -89,7 +89,7 @@ def cut_rank_batch_residual(
     # What is pushed has no coordinates of its own: whoever reads it reads all.
     pushed = [even_ranges(tensor.dims[1], len(tiles)) for tensor in (normed, squares)]
     for (first_token, block), normed_part, squares_part in zip(tiles, *pushed, strict=True):
-        lo, hi = block * BLOCK.value, min(width, (block + 1) * BLOCK.value)
+        lo, hi = block * BLOCK_COLUMNS.value, min(width, (block + 1) * BLOCK_COLUMNS.value)
         x = residual.box((first_token, min(max_tokens, first_token + BLOCK_TOKENS.value)), (lo, hi))
         cut.tasks.append(
             Task(

@@ -296,7 +296,8 @@ def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
-                constants[node.id] = (_home(module, node.id), node.id)
+                home = _home(module, node.id)
+                assert constants.setdefault(node.id, (home, node.id))[0] is home, f"two constants are called {node.id}"
         functions[fn.__name__] = fn
 
     for root in roots:

@@ -65,9 +65,7 @@ def build_batch(
         plan=plan, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads, label="items"
     )
     first_row = 0 if shard is None else shard.first_row
-    mpk.batch_embed_layer(
-        plan=plan, weight=embedding, next_norm=norms[0], output=x, label="embed", first_row=first_row
-    )
+    mpk.batch_embed_layer(plan=plan, weight=embedding, next_norm=norms[0], output=x, label="embed", first_row=first_row)
     # One of each for all layers: rewritten every few microseconds, they stay in the L2 cache.
     qkv = mpk.new_tensor((tokens, qkv_size), dtype, name="qkv")
     q = mpk.new_tensor((tokens, shape.num_q_heads, shape.head_dim), dtype, name="q")
