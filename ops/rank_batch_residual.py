@@ -5,7 +5,7 @@ num tokens [1] read | parts [ranks, T, D / ranks] read | gain [D] of the next no
 x [T, D / ranks] fp32 read and written: x += parts[0] + parts[1] + ..., in this order
 xb [T, D] = x * gain pushed | squares [ranks * blocks, T] fp32 pushed: sums of x^2 over the columns of a block
 An all-gather, the second half of an all-reduce whose first half is rank_batch_linear.py. What is gathered is rounded
-already, half of what the parts are. One task = BLOCK_COLUMNS columns of BLOCK_TOKENS tokens; without tokens it only signals.
+already, half of what the parts are. One task = BLOCK_COLUMNS columns of BLOCK_TOKENS tokens, or nothing but a signal.
 """
 
 from __future__ import annotations
