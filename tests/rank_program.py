@@ -25,11 +25,13 @@ def say(value: Any) -> None:
 
 
 def pair(
-    family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, on_gpu: bool = False, **changes: object
-):
+    family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, on_gpu: bool = False,
+    options: dict[str, int] | None = None, **changes: object,
+):  # fmt: skip
     """Our part of a tiny model, and all of transformers'. On a GPU in fp32 too, but with workers as the GPU has SMs."""
     theirs = transformers_model(tiny_config(family, **changes))
     where = {"dtype": torch.float32} if on_gpu else {"device": "cpu", "num_workers": 2}
+    where |= options or {}
     ours = tri_mpk.from_model(
         copy.deepcopy(theirs), max_seq_len=max_seq_len, wait_bound_s=wait_bound_s, progress=False, **where
     )
@@ -79,6 +81,94 @@ def sample(requests: list[dict[str, Any]], **parameters: Any) -> None:
         "tokens": [each.sequences[0].tolist() for each in found], "drawn": drawn, "greedy": greedy,
         "logprobs": [each.logprobs[0].tolist() for each in found],
     })  # fmt: skip
+
+
+def batch_pair(on_gpu: bool = False, **parameters: Any):
+    """As `pair`, for batches: three slots, and chunks of prompts."""
+    options = {"max_batch_size": 3, "max_tokens_per_step": 8, "page_size": 7}
+    return pair(on_gpu=on_gpu, options=options, **parameters)
+
+
+def shared_bits(model: CausalLM) -> int:
+    """Of all that ranks have pushed."""
+    return digest(*(tensor.data for tensor in model.kernel.tensors.values() if tensor.symmetric))
+
+
+def batch(lengths: list[int], num_new: int = 4, repeats: int = 2, **parameters: Any) -> None:
+    """Greedy tokens of prompts of these lengths, and transformers'."""
+    ours, theirs = batch_pair(**parameters)
+    prompts = [prompt(length, seed=i)[0] for i, length in enumerate(lengths)]
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, own_mask, own in zip(ids, mask, prompts, strict=True):
+        row[-len(own) :], own_mask[-len(own) :] = own, 1
+    common = {"attention_mask": mask, "max_new_tokens": num_new, "pad_token_id": 0}
+    found = [ours.generate(ids, **common).tolist() for _ in range(repeats)]
+    say({
+        "tokens": found, "bits": shared_bits(ours), "launches": ours.kernel.runtime.num_launches,
+        "expected": theirs.generate(ids, do_sample=False, **common).tolist(),
+    })  # fmt: skip
+
+
+def serve(requests: list[dict[str, Any]], cancelling: int = -1, **parameters: Any) -> None:
+    """Requests that come one after another; the rank `cancelling` cancels a long one."""
+    ours, _ = batch_pair(**parameters)
+    torch.manual_seed(ours.kernel.rank)  # what a rank would draw for itself
+    with ours.serve() as engine:
+        long = engine.submit(prompt(2), max_new_tokens=ours.max_seq_len - 4)
+        streams = [engine.submit(prompt(3), max_new_tokens=4, output_logprobs=True, **each) for each in requests]
+        drawn = engine.submit(prompt(3), max_new_tokens=4, do_sample=True, temperature=9.0)
+        found = [(stream.result(), stream.logprobs) for stream in streams]
+        next(long)
+        if ours.kernel.rank == cancelling:
+            long.cancel()
+        try:
+            long.result()
+        finally:
+            engine.finish()
+    say({
+        "tokens": [tokens for tokens, _ in found], "logprobs": [logprobs for _, logprobs in found],
+        "drawn": drawn.result(), "reason": long.finish_reason, "long": long.tokens, "bits": shared_bits(ours),
+    })  # fmt: skip
+
+
+def different_requests(what: str, **parameters: Any) -> None:
+    """Ranks that do not submit the same: an error, and then a launch that is in order."""
+    ours, theirs = batch_pair(**parameters)
+    rank = ours.kernel.rank
+    text = ""
+    try:
+        with ours.serve() as engine:
+            first = engine.submit(prompt(2), max_new_tokens=2)
+            if what == "a prompt":
+                second = engine.submit(prompt(3, seed=rank), max_new_tokens=2)
+            elif what == "a seed":
+                second = engine.submit(prompt(3), max_new_tokens=2, do_sample=True, seed=rank)
+            else:
+                second = engine.submit(prompt(3), max_new_tokens=2) if rank == 0 else first
+            second.result()
+    except tri_mpk.TriMpkError as error:
+        text = f"{type(error).__name__}: {error}"
+    equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
+    say({"first": first.tokens, "text": text, "equal": equal})
+
+
+def serve_and_hang(bound_s: float = FEW_POLLS_S, **parameters: Any) -> None:
+    """Serves until something happens to another rank, and says what it was."""
+    ours, _ = batch_pair(wait_bound_s=20.0, **parameters)
+    ours.generate(prompt(2), max_new_tokens=2)
+    ours.kernel.runtime.wait_bound_s = bound_s
+    say({"pids": [os.getpid(), *(worker.pid for worker in getattr(ours.kernel.runtime, "workers", []))]})
+    try:
+        with ours.serve() as engine:
+            engine.submit(prompt(2), max_new_tokens=2).result()
+            say("idle")
+            while engine.is_open:
+                time.sleep(0.05)
+    except tri_mpk.TriMpkError as error:
+        say({"error": type(error).__name__, "text": str(error), "silent_ranks": getattr(error, "silent_ranks", None)})
+        return
+    say({"error": None})
 
 
 class AtToken(BaseStreamer):
