@@ -111,6 +111,7 @@ def hash_kernel(
     sequence_pages = -(-max_seq_len // page_size)
     num_pages = num_pages or max_batch_size * sequence_pages
     plan = mpk.new_step_plan(sequence_pages)
+    state = mpk.host_words_layer(page_size=page_size, num_pages=num_pages, rings=rings)
     cache = torch.full((max(num_pages, 1), page_size), -1, dtype=torch.int32)
     logits = mpk.new_tensor((max_batch_size, VOCAB_SIZE), torch.float32, name="logits")
     best = (
@@ -128,7 +129,7 @@ def hash_kernel(
         best_value=best[0],
         best_index=best[1],
     )
-    mpk.advance_layer(plan=plan, input=best, logits=logits, page_size=page_size, num_pages=num_pages, rings=rings)
+    mpk.advance_layer(plan=plan, state=state, input=best, logits=logits)
     return mpk
 
 

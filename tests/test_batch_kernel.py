@@ -71,8 +71,6 @@ def test_refusals():
         meta_kernel(max_batch_size=0)
     with pytest.raises(ValueError, match="max_tokens_per_step=40000 must be from 1 to 32768"):
         meta_kernel(max_tokens_per_step=40000)
-    with pytest.raises(NotImplementedError, match="several ranks"):
-        meta_kernel(world_size=2)
 
 
 def test_layers_check_dims():

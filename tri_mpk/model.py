@@ -92,11 +92,10 @@ class CausalLM:
 
     def _build_batch(self, model: nn.Module, kernel: BatchKernel) -> BatchKernel:
         num_pages, page_size = self.batching.pages(self.max_seq_len), self.batching.page_size
+        state = kernel.host_words_layer(page_size=page_size, num_pages=num_pages)
         output = build_batch(kernel, self.shape, model, page_size, self.progress, num_pages)
         best = output.best_value, output.best_index
-        kernel.advance_layer(
-            plan=output.plan, input=best, logits=output.logits, page_size=page_size, num_pages=num_pages
-        )
+        kernel.advance_layer(plan=output.plan, state=state, input=best, logits=output.logits)
         return kernel
 
     def compile(self) -> None:
