@@ -101,12 +101,13 @@ def hash_kernel(
     max_seq_len: int = 32,
     rings: RingSizes | None = None,
     wait_bound_s: float = 20.0,
+    **options: object,
 ) -> BatchKernel:
-    """On two workers."""
+    """On two workers. Ranks have no part each: all compute the same."""
     meta = [torch.zeros(1, dtype=torch.int32), torch.zeros(max_seq_len, dtype=torch.int64)]
     mpk = BatchKernel(
         num_workers=2, meta_tensors=meta, wait_bound_s=wait_bound_s, max_batch_size=max_batch_size,
-        max_tokens_per_step=max_tokens_per_step,
+        max_tokens_per_step=max_tokens_per_step, **options,
     )  # fmt: skip
     sequence_pages = -(-max_seq_len // page_size)
     num_pages = num_pages or max_batch_size * sequence_pages
