@@ -23,9 +23,9 @@ from tri_mpk.ops.batch_gemm import (
     token_rstd,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.ops.parts import wait_for_any
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit

@@ -17,9 +17,9 @@ import triton.language as tl
 from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, residual_reads, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.ops.parts import wait_for_any
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit

@@ -16,7 +16,6 @@ import triton.language as tl
 from tri_mpk.ops.advance import SLOT_NEW
 from tri_mpk.ops.argmax import best_of_parts
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
-from tri_mpk.ops.parts import wait_for_any
 from tri_mpk.ops.rings import RECORD, RECORD_CHOICE, RECORD_PROMPT_LENGTH
 from tri_mpk.ops.sample import (
     CHOICE,
@@ -30,6 +29,7 @@ from tri_mpk.ops.sample import (
 from tri_mpk.ops.sampling import NUM_INDICES, NUM_SCRATCH
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Region, Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit

@@ -13,18 +13,7 @@ import triton.language as tl
 
 from tri_mpk.ops.gemv import end_rows, inverse_rms, load_segment, row_sums, stream_rows
 from tri_mpk.ops.op import Cut, TensorHandle, even_ranges, next_power_of_2
-from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Address, Region
-from tri_mpk.scheduler.peers import wait_for_ranks
-
-
-@triton.jit
-def wait_for_any(task, event_ptr, control_ptr, epoch, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
-    """`wait`, of a tile function that kernels on one rank and on several have in common."""
-    if RANKS == 1:
-        wait(task, event_ptr, control_ptr, epoch, PORTABLE)
-    else:
-        wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .device import (
     int_field,
     poll_counter,
     task_word,
+    wait,
 )
 
 TASK_PEERS = tl.constexpr(20)  # up to MAX_RANKS words behind the op's own fields: the deltas
@@ -41,6 +42,15 @@ def wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
         task_idx = (task_word(task, TASK_VARIANT, PORTABLE) >> 32).to(tl.int32)
         counter_ptr = event_ptr + task_word(task, TASK_WAIT, PORTABLE)
         wait_counter_of_ranks(counter_ptr, epoch * count, task_idx, control_ptr, PORTABLE)
+
+
+@triton.jit
+def wait_for_any(task, event_ptr, control_ptr, epoch, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
+    """`wait_for_ranks`, or `wait` in a kernel of one rank."""
+    if RANKS > 1:
+        wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    else:
+        wait(task, event_ptr, control_ptr, epoch, PORTABLE)
 
 
 @triton.jit

@@ -90,8 +90,10 @@ def batch_pair(on_gpu: bool = False, **parameters: Any):
 
 
 def shared_bits(model: CausalLM) -> int:
-    """Of all that ranks have pushed."""
-    return digest(*(tensor.data for tensor in model.kernel.tensors.values() if tensor.symmetric))
+    """Of all that ranks have pushed to all."""
+    tensors = [tensor for name, tensor in model.kernel.tensors.items() if tensor.symmetric and name != "x.parts"]
+    assert len(tensors) == 6
+    return digest(*(tensor.data for tensor in tensors))
 
 
 def batch(lengths: list[int], num_new: int = 4, repeats: int = 2, **parameters: Any) -> None:
@@ -110,7 +112,7 @@ def batch(lengths: list[int], num_new: int = 4, repeats: int = 2, **parameters: 
     })  # fmt: skip
 
 
-def serve(requests: list[dict[str, Any]], cancelling: int = -1, **parameters: Any) -> None:
+def serve_batch(requests: list[dict[str, Any]], cancelling: int = -1, **parameters: Any) -> None:
     """Requests that come one after another; the rank `cancelling` cancels a long one."""
     ours, _ = batch_pair(**parameters)
     torch.manual_seed(ours.kernel.rank)  # what a rank would draw for itself
@@ -394,6 +396,72 @@ def graph() -> None:
     torch.distributed.destroy_process_group()
 
 
+def serve(cancelling: int = 1) -> None:
+    """Launches of one kernel that takes requests: alike on all ranks, ended by one of them, and not alike."""
+    from transformers import GenerationConfig
+
+    from hash_model import VOCAB_SIZE, greedy_tokens, hash_kernel
+    from tri_mpk.distributed import world
+    from tri_mpk.generation import seed_generator
+    from tri_mpk.serving import Engine
+
+    rank, world_size = world()
+    torch.manual_seed(rank)
+    torch.distributed.init_process_group("gloo")
+    kernel = hash_kernel(2, 4, num_pages=12, wait_bound_s=60.0, world_size=world_size, rank=rank)
+    kernel.compile()
+
+    def engine() -> Engine:
+        return Engine(kernel, GenerationConfig(), VOCAB_SIZE, generator=seed_generator(kernel.ranks))
+
+    result: dict[str, Any] = {}
+    with engine() as alike:
+        time.sleep(rank * 0.5)
+        streams = [alike.submit([i + 1, 2, 3], max_new_tokens=3 + i) for i in range(4)]
+        drawn = [alike.submit([1, 2], max_new_tokens=4, do_sample=True) for _ in range(2)]
+        endless = alike.submit([5], max_new_tokens=31)
+        if rank == cancelling:
+            next(endless)
+            endless.cancel()
+        result["cancelled"] = endless.result() == greedy_tokens(endless.request)[: len(endless.tokens)]
+        result["reason"] = endless.finish_reason
+        result["greedy"] = all(stream.result() == greedy_tokens(stream.request) for stream in streams)
+        result["drawn"] = [stream.result() for stream in drawn]
+    result["statistics"] = alike.statistics.tokens
+
+    with engine() as ended:
+        streams = [ended.submit([i + 1], max_new_tokens=30) for i in range(4)]
+        if rank == cancelling:
+            next(streams[0])
+            ended.close(cancel=True)
+        [stream.result() for stream in streams]
+        result["ended"] = [stream.finish_reason for stream in streams]
+
+    differs = engine()
+    streams = [differs.submit([1], max_new_tokens=31), differs.submit([2 + rank], max_new_tokens=31)]
+    result["differs"] = []
+    for stream in streams:
+        try:
+            stream.result(timeout=60)
+        except tri_mpk.errors.RankError as error:
+            result["differs"].append(str(error))
+    differs.close()
+
+    more = engine()
+    streams = [more.submit([1], max_new_tokens=3) for _ in range(2 + rank)]
+    try:
+        more.close()
+        result["more"] = None
+    except tri_mpk.errors.RankError as error:
+        result["more"] = str(error)
+    result["reasons"] = [stream.finish_reason for stream in streams]
+
+    with engine() as again:
+        result["again"] = again.submit([3, 1], max_new_tokens=2).result()
+    say(result)
+    torch.distributed.destroy_process_group()
+
+
 @torch.no_grad()
 def baseline() -> None:
     """The baseline of several ranks, eagerly and with gloo, chooses transformers' tokens."""
@@ -514,5 +582,5 @@ if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
-        out_of_step, profile, sample,
+        out_of_step, profile, sample, batch, serve_batch, different_requests, serve_and_hang, serve,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

@@ -56,7 +56,7 @@ def test_requests_are_served_as_one_rank_serves_them(cancelling):
     )
     common = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logprobs": True}
     expected = [one.generate(prompt(3), **common, **request) for request in REQUESTS]
-    results = run_ranks(2, "serve", requests=REQUESTS, cancelling=cancelling, **parameters)
+    results = run_ranks(2, "serve_batch", requests=REQUESTS, cancelling=cancelling, **parameters)
     for result in results:
         assert result["tokens"] == [each.sequences[0, 3:].tolist() for each in expected]
         for logprobs, each in zip(result["logprobs"], expected, strict=True):

@@ -118,8 +118,9 @@ def place_sequences(
     counters = state.counters.data.tolist()
     counters[advance.NUM_FREE_PAGES.value] = state.num_pages - dealt
     counters[advance.LOOKS.value] = 0  # at the host's words, which stand here already
-    counters[advance.SEEN.value + HOST_STOP.value] = STOP_WHEN_DONE.value
     state.counters.data.copy_(torch.tensor(counters))
+    state.asked.data.zero_()
+    state.asked.data[:, HOST_STOP.value] = STOP_WHEN_DONE.value
 
     def fill(handle, values: Tensor, rest: int = 0) -> None:
         handle.data.fill_(rest)

@@ -21,6 +21,8 @@ from tri_mpk.ops.batch_linear_residual import BATCH_LINEAR_RESIDUAL
 from tri_mpk.ops.batch_lm_head import BATCH_LM_HEAD
 from tri_mpk.ops.batch_merge import BATCH_MERGE
 from tri_mpk.ops.batch_sample import BATCH_SAMPLE
+from tri_mpk.ops.end_step import RANK_END_STEP
+from tri_mpk.ops.host_words import HOST_WORDS
 from tri_mpk.ops.op import TensorHandle
 from tri_mpk.ops.rank_batch_embedding import RANK_BATCH_EMBEDDING
 from tri_mpk.ops.rank_batch_gather import RANK_BATCH_GATHER
@@ -160,6 +162,21 @@ class BatchKernel(PersistentKernel):
         return self.new_tensor(dims, torch.float32, "best_value"), self.new_tensor(dims, torch.int32, "best_index")
 
     # ---- layers ----
+
+    def host_words_layer(
+        self, *, page_size: int, num_pages: int, rings: RingSizes | None = None, label: str = "host words"
+    ) -> BatchState:
+        """What hosts ask for, read at the beginning of a step: the first layer of a graph that advance_layer ends.
+
+        The KV cache has `num_pages` pages for all sequences together. `rings`: how many requests and results may be on
+        their way.
+        """
+        if page_size < 1 or num_pages < 1:
+            raise ValueError(f"page_size={page_size} and num_pages={num_pages} must be at least 1")
+        state = new_state(self, page_size, num_pages, rings)
+        tensors = {"slots": state.slots, "counters": state.counters, "asked": state.asked}
+        self._call(HOST_WORDS, label, None, None, tensors, rings=state.rings, rank=self.rank)
+        return state
 
     def batch_items_layer(
         self, *, plan: StepPlan, num_q_heads: int, num_kv_heads: int, label: str | None = None
@@ -406,75 +423,69 @@ class BatchKernel(PersistentKernel):
         self,
         *,
         plan: StepPlan,
-        records: TensorHandle,
+        state: BatchState,
         best: tuple[TensorHandle, TensorHandle],
         logits: TensorHandle,
-        output: tuple[TensorHandle, TensorHandle],
-        all_logits: TensorHandle,
         first_row: int,
         num_rows: int,
         vocab_size: int,
-        label: str | None = None,
-    ) -> None:
-        """On several ranks: what batch_lm_head_layer left on each, which has `num_rows` of `vocab_size` rows from
-        `first_row` on, for all of them. `output` and `all_logits` are of `new_gathered`.
+        label: str = "gather",
+    ) -> tuple[tuple[TensorHandle, TensorHandle], TensorHandle]:
+        """Of what batch_lm_head_layer left on several ranks, all that choosing tokens needs: best value and index
+        [S, ranks], logits [S, V]. They take the place of `best` and `logits`, which are of `num_rows` of `vocab_size`
+        rows from `first_row` on.
         """
+        dims, most = (self.world_size, self.max_batch_size), -(-vocab_size // self.world_size)
+        all_value = self.new_tensor(dims, torch.float32, "all_best_value", symmetric=True)
+        all_index = self.new_tensor(dims, torch.int32, "all_best_index", symmetric=True)
+        all_logits = self.new_tensor((dims[0], dims[1] * most), torch.float32, "all_logits", symmetric=True)
         tensors = {
-            "output_token": plan.output_token, "records": records, "best_value": best[0], "best_index": best[1],
-            "logits": logits, "all_value": output[0], "all_index": output[1], "all_logits": all_logits,
+            "output_token": plan.output_token, "records": state.records, "best_value": best[0], "best_index": best[1],
+            "logits": logits, "all_value": all_value, "all_index": all_index, "all_logits": all_logits,
         }  # fmt: skip
         rows = {"rank": self.rank, "first_row": first_row, "num_rows": num_rows, "vocab_size": vocab_size}
         self._call(RANK_BATCH_GATHER, label, None, None, tensors, **rows)
-
-    def new_gathered(self, vocab_size: int) -> tuple[tuple[TensorHandle, TensorHandle], TensorHandle]:
-        """Best value fp32 and index int32 [S, ranks], and logits [S, V] fp32, for batch_gather_layer."""
-        dims, most = (self.world_size, self.max_batch_size), -(-vocab_size // self.world_size)
-        return (
-            self.new_tensor(dims, torch.float32, "all_best_value", symmetric=True),
-            self.new_tensor(dims, torch.int32, "all_best_index", symmetric=True),
-        ), self.new_tensor((dims[0], dims[1] * most), torch.float32, "all_logits", symmetric=True)
+        self.vocab_size = vocab_size
+        return (all_value, all_index), all_logits
 
     def advance_layer(
         self,
         *,
         plan: StepPlan,
+        state: BatchState,
         input: tuple[TensorHandle, TensorHandle],
         logits: TensorHandle,
-        page_size: int,
-        num_pages: int,
-        rings: RingSizes | None = None,
         label: str = "advance",
     ) -> None:
         """The end of a step: sequences get their tokens, requests come and go, and the next step gets its plan.
 
-        `input` and `logits` are what batch_lm_head_layer leaves; the KV cache has `num_pages` pages for all sequences
-        together. `rings`: how many requests and results may be on their way. Such a kernel is launched by `serve`.
+        `input` and `logits` are what batch_lm_head_layer leaves, `state` is what host_words_layer returned. Such a
+        kernel is launched by `serve`. On several ranks all do the same, so all must have the same `input` and `logits`,
+        as batch_gather_layer returns them.
         """
         if self.max_tokens_per_step < self.max_batch_size:
             raise ValueError(
                 f"max_tokens_per_step={self.max_tokens_per_step} must be at least max_batch_size="
                 f"{self.max_batch_size}: every sequence that decodes has a token in a step"
             )
-        if page_size < 1 or num_pages < 1:
-            raise ValueError(f"page_size={page_size} and num_pages={num_pages} must be at least 1")
-        vocab_size = logits.dims[1]
-        check_dims("advance_layer", logits, "logits", (self.max_batch_size, vocab_size))
-        check_dims("advance_layer", input[0], "input[0]", (self.max_batch_size, input[0].dims[-1]))
+        vocab_size = self.vocab_size if logits.symmetric else logits.dims[1]
+        if not logits.symmetric:
+            check_dims("advance_layer", logits, "logits", (self.max_batch_size, vocab_size))
+            check_dims("advance_layer", input[0], "input[0]", (self.max_batch_size, input[0].dims[-1]))
         check_dims("advance_layer", input[1], "input[1]", input[0].dims)
-        check_dims(
-            "advance_layer", plan.page_table, "page_table", (self.max_batch_size, -(-self.max_seq_len // page_size))
-        )
+        pages = (self.max_batch_size, -(-self.max_seq_len // state.page_size))
+        check_dims("advance_layer", plan.page_table, "page_table", pages)
         if vocab_size > MAX_VOCAB.value:
             raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
         self.vocab_size = vocab_size
-        self.step_plan, self.state = plan, new_state(self, page_size, num_pages, rings)
+        self.step_plan, self.state = plan, state
         dims = (self.max_batch_size, score_size(vocab_size))
         marks = torch.zeros(dims, dtype=torch.int8, device=self.device)
         chosen = {
             "chosen": self.attach_input(torch.zeros(dims[0], dtype=torch.int32, device=self.device), name="chosen"),
             "logprobs": self.attach_input(torch.zeros(dims[0], device=self.device), name="logprobs"),
         }
-        state = self.state.tensors()
+        kept = state.tensors()
         sample = {
             "output_token": plan.output_token, "token_positions": plan.token_positions,
             "best_value": input[0], "best_index": input[1], "logits": logits,
@@ -482,11 +493,12 @@ class BatchKernel(PersistentKernel):
             "scores": self.new_tensor(dims, torch.float32, name="scores"),
             "scratch": self.new_tensor((dims[0], NUM_SCRATCH.value), torch.float32, name="sample.scratch"),
             "indices": self.new_tensor((dims[0], NUM_INDICES.value), torch.int32, name="sample.indices"),
-        } | {name: state[name] for name in ("slots", "records", "tokens")}  # fmt: skip
-        self._call(BATCH_SAMPLE, f"{label} sample", None, None, sample | chosen)
-        self._call(
-            ADVANCE, label, None, None, plan.tensors() | state | chosen, rings=self.state.rings, page_size=page_size
-        )
+        } | {name: kept[name] for name in ("slots", "records", "tokens")}  # fmt: skip
+        self._call(BATCH_SAMPLE, f"{label} sample", None, None, sample | chosen, vocab_size=vocab_size)
+        tensors = plan.tensors() | kept | chosen
+        self._call(ADVANCE, label, None, None, tensors, rings=state.rings, page_size=state.page_size)
+        if self.world_size > 1:
+            self._call(RANK_END_STEP, f"{label} end", None, None, {"counters": state.counters})
 
     # ---- launch ----
 

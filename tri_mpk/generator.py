@@ -45,6 +45,7 @@ TIMED = {
     "wait": timing.timed_wait,
     "signal": timing.timed_signal,
     "wait_for_ranks": rank_timing.timed_wait_for_ranks,
+    "wait_for_any": rank_timing.timed_wait_for_any,
     "signal_ranks": rank_timing.timed_signal_ranks,
 }
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
