@@ -144,15 +144,13 @@ def different_requests(what: str, **parameters: Any) -> None:
             first = engine.submit(prompt(2), max_new_tokens=2)
             if what == "a prompt":
                 second = engine.submit(prompt(3, seed=rank), max_new_tokens=2)
-            elif what == "a seed":
-                second = engine.submit(prompt(3), max_new_tokens=2, do_sample=True, seed=rank)
             else:
                 second = engine.submit(prompt(3), max_new_tokens=2) if rank == 0 else first
             second.result()
     except tri_mpk.TriMpkError as error:
         text = f"{type(error).__name__}: {error}"
     equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
-    say({"first": first.tokens, "text": text, "equal": equal})
+    say({"text": text, "equal": equal})
 
 
 def serve_and_hang(bound_s: float = FEW_POLLS_S, **parameters: Any) -> None:
@@ -578,9 +576,44 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, r
     say(result)
 
 
+@torch.no_grad()
+def batch_accuracy(name: str, length: int = 50, num_new: int = 16, number: int = 4, **options: Any) -> None:
+    """On GPUs, in bf16: the logits of the last tokens of `number` texts, as `accuracy` looks at those of one."""
+    from tri_mpk.benchmark import kl_divergence, relative_l2
+    from tri_mpk.geometries import geometry
+    from tri_mpk.loading import random_model
+
+    config = tiny_config(**json.loads(name)) if name.startswith("{") else geometry(name)
+    ours = tri_mpk.from_config(
+        config, dtype=torch.bfloat16, max_seq_len=512, progress=False, max_batch_size=number, max_tokens_per_step=64,
+        **options,
+    )  # fmt: skip
+    ours.generation_config.eos_token_id = None
+    ids = torch.cat([prompt(length, config.vocab_size, seed=i) for i in range(number)])
+    result: dict[str, Any] = {"tokens": [], "bits": [], "ours": [], "bf16": []}
+    for _ in range(2):
+        texts = ours.generate(ids, max_new_tokens=num_new, do_sample=True, seed=3)
+        result["tokens"].append(texts.tolist())
+        result["bits"].append(shared_bits(ours))
+    logits = ours.kernel.tensors["all_logits"].data.view(-1)[: number * config.vocab_size].view(number, -1).clone()
+    if ours.kernel.rank == 0:
+        torch.set_float32_matmul_precision("highest")
+        theirs = random_model(config, 0, torch.bfloat16, ours.device)
+        texts = texts[:, :-1].to(ours.device)
+        rounded = theirs(texts).logits[:, -1]
+        theirs.float().set_attn_implementation("eager")
+        exact = theirs(texts).logits[:, -1]
+        for kind, found in (("ours", logits), ("bf16", rounded)):
+            for row, expected in zip(found, exact, strict=True):
+                result[kind].append((relative_l2(row, expected), kl_divergence(row, expected)))
+    ours.ranks.meet("the end")
+    say(result)
+
+
 if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
         out_of_step, profile, sample, batch, serve_batch, different_requests, serve_and_hang, serve,
+        batch_accuracy,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip
