@@ -85,7 +85,7 @@ def sample(requests: list[dict[str, Any]], **parameters: Any) -> None:
 
 def batch_pair(on_gpu: bool = False, **parameters: Any):
     """As `pair`, for batches: three slots, and chunks of prompts."""
-    options = {"max_batch_size": 3, "max_tokens_per_step": 8, "page_size": 7}
+    options = {"max_batch_size": 3, "max_tokens_per_step": 8, "page_size": 64 if on_gpu else 7}
     return pair(on_gpu=on_gpu, options=options, **parameters)
 
 

@@ -91,7 +91,8 @@ def test_batches_in_fp32_equal_transformers():
 
 @pytest.mark.parametrize("cancelling", [0, 1])
 def test_requests_are_served_by_two_gpus(cancelling):
-    results = run_ranks(2, "serve_batch", requests=REQUESTS, cancelling=cancelling, on_gpu=True, max_seq_len=512)
+    long = {"max_seq_len": 32768, "max_position_embeddings": 32768}  # so that a cancel comes in time
+    results = run_ranks(2, "serve_batch", requests=REQUESTS, cancelling=cancelling, on_gpu=True, **long)
     assert results[0]["reason"] == results[1]["reason"] == "cancelled"
     for what in ("tokens", "logprobs", "drawn", "long", "bits"):
         assert results[0][what] == results[1][what], what
