@@ -101,30 +101,40 @@ def sum_of_earlier(values, keys):
 
 @triton.jit
 def words_of_all(asked_ptr, slots, is_slot, S: tl.constexpr, RANKS: tl.constexpr):
-    """Whether any rank stops now, whether all stop when done, how many requests and results all have, and who cancels.
-
-    Then the least number of requests of a rank that submits no more, and the largest of any.
-    """
-    stop = tl.load(asked_ptr + HOST_STOP)
+    """How many requests all ranks have, how many results all have taken, and whose request any of them cancels."""
     num_requests = tl.load(asked_ptr + HOST_REQUESTS)
     num_taken = tl.load(asked_ptr + HOST_RESULTS)
     cancels = tl.load(asked_ptr + ASKED_SLOTS + slots, mask=is_slot, other=0)
+    for rank in tl.static_range(1, RANKS):
+        row_ptr = asked_ptr + rank * (ASKED_SLOTS + 2 * S)
+        num_requests = tl.minimum(num_requests, tl.load(row_ptr + HOST_REQUESTS))
+        num_taken = tl.minimum(num_taken, tl.load(row_ptr + HOST_RESULTS))
+        cancels |= tl.load(row_ptr + ASKED_SLOTS + slots, mask=is_slot, other=0)
+    return num_requests, num_taken, cancels != 0
+
+
+@triton.jit
+def end_of_launch(asked_ptr, num_admitted, is_idle, S: tl.constexpr, RANKS: tl.constexpr):
+    """Whether the launch is over, and whether a rank has request `num_admitted` that another one never submits.
+
+    Read again: that is cheaper than registers for all of the step.
+    """
+    stop = tl.load(asked_ptr + HOST_STOP)
+    num_requests = tl.load(asked_ptr + HOST_REQUESTS)
     stops_now = stop == STOP_NOW
-    stops = stop != 0
-    final = tl.where(stops, num_requests, 0x7FFFFFFFFFFFFFFF)
-    most = num_requests
+    has_more = num_requests > num_admitted
+    has_last = (stop != 0) & (num_requests == num_admitted)  # and submits no more
+    is_done = has_last
     for rank in tl.static_range(1, RANKS):
         row_ptr = asked_ptr + rank * (ASKED_SLOTS + 2 * S)
         stop = tl.load(row_ptr + HOST_STOP)
-        its_requests = tl.load(row_ptr + HOST_REQUESTS)
-        num_taken = tl.minimum(num_taken, tl.load(row_ptr + HOST_RESULTS))
-        cancels |= tl.load(row_ptr + ASKED_SLOTS + slots, mask=is_slot, other=0)
+        num_requests = tl.load(row_ptr + HOST_REQUESTS)
         stops_now |= stop == STOP_NOW
-        stops &= stop != 0
-        final = tl.where(stop != 0, tl.minimum(final, its_requests), final)
-        most = tl.maximum(most, its_requests)
-        num_requests = tl.minimum(num_requests, its_requests)
-    return stops_now, stops, num_requests, num_taken, cancels != 0, final, most
+        has_more |= num_requests > num_admitted
+        has_this = (stop != 0) & (num_requests == num_admitted)
+        has_last |= has_this
+        is_done &= has_this
+    return stops_now | (is_done & is_idle), is_idle & has_last & has_more
 
 
 @triton.jit
@@ -305,13 +315,12 @@ def advance_requests(
     num_results = tl.load(counters_ptr + NUM_RESULTS)
     num_free = tl.load(counters_ptr + NUM_FREE_PAGES).to(tl.int32)
     blocked_need = tl.load(counters_ptr + BLOCKED_NEED).to(tl.int32)
-    stops_now, stops, num_requests, num_taken, cancels, final, most = words_of_all(asked_ptr, slots, is_slot, S, RANKS)
-    num_known = num_requests  # that may be taken in
+    num_requests, num_taken, cancels = words_of_all(asked_ptr, slots, is_slot, S, RANKS)
     if RANKS > 1:
         num_equal, differs = equal_requests(asked_ptr, slots, is_slot, S, RANKS)
         num_equal += tl.load(asked_ptr + ASKED_FIRST)
-        differs &= num_equal < num_requests
-        num_known = tl.minimum(num_equal, num_requests)
+        tl.store(counters_ptr + MISMATCH, tl.where(differs & (num_equal < num_requests), num_equal + 1, 0))
+        num_requests = tl.minimum(num_equal, num_requests)
 
     # 1. what was chosen, and who ends
     has_room = RESULTS - (num_results - num_taken) >= S  # it has where there are tokens
@@ -347,9 +356,9 @@ def advance_requests(
     num_unused = tl.where(tl.sum((status == WAITS).to(tl.int32), axis=0) > 0, 0, num_unused)
     is_new = tl.zeros([BLOCK_S], tl.int32)
     was_admitted = num_admitted
-    if (num_admitted != num_known) & (num_unused > 0) & (blocked_need <= available):
+    if (num_admitted != num_requests) & (num_unused > 0) & (blocked_need <= available):
         blocked_need = 0
-        while (num_admitted != num_known) & (num_unused > 0) & (blocked_need == 0):
+        while (num_admitted != num_requests) & (num_unused > 0) & (blocked_need == 0):
             slot = tl.min(tl.where(is_slot & (status == FREE), slots, BLOCK_S), axis=0)
             its_ticket, its_length, its_max_length, need, fits = take_in(
                 mailbox_ptr, records_ptr, tokens_ptr, num_admitted, slot, available,
@@ -445,13 +454,11 @@ def advance_requests(
     tl.store(counters_ptr + NUM_TOKENS, tl.load(counters_ptr + NUM_TOKENS) + num_tokens)
     tl.store(counters_ptr + NUM_PREEMPTIONS, tl.load(counters_ptr + NUM_PREEMPTIONS) + num_preempted)
     tl.store(counters_ptr + NUM_SHARED, tl.load(counters_ptr + NUM_SHARED) + num_shared)
-    is_done = (num_live == 0) & (num_admitted == num_requests)
-    is_over = stops_now | (stops & is_done)
+    is_over, never_comes = end_of_launch(asked_ptr, num_admitted, num_live == 0, S, RANKS)
     if RANKS > 1:
-        # a rank has a request that another one never submits
-        differs |= is_done & (final == num_requests) & (most > num_requests)
-        tl.store(counters_ptr + MISMATCH, tl.where(differs, num_known + 1, 0))
-        is_over |= differs
+        mismatch = tl.where(never_comes, num_admitted + 1, tl.load(counters_ptr + MISMATCH))
+        tl.store(counters_ptr + MISMATCH, mismatch)
+        is_over |= mismatch != 0
     tl.store(control_ptr + CONTROL_STOP, is_over.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
 
