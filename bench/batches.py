@@ -2,6 +2,7 @@
 
 PYTHONPATH=. python bench/batches.py --geometry Qwen3-8B --batch 1 2 4 8 16 32 64 --context 512
 PYTHONPATH=. python bench/batches.py --policy static hybrid    # sequences of uneven lengths, kernels taking turns
+PYTHONPATH=. torchrun --nproc-per-node 2 bench/batches.py      # one model on two GPUs; steps and a prompt alone
 
 A step decodes one token of each of `--batch` sequences, which have `--context` tokens in a cache of random values
 half-way through a launch. The kernel is compiled once, for the largest batch, and the report counts how often. Beside
@@ -37,10 +38,12 @@ from tri_mpk.batch_benchmark import (
 )
 from tri_mpk.batching import PAGE_SIZE, Batching
 from tri_mpk.benchmark import SEED, bench_device, fill_cache
+from tri_mpk.distributed import world
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import check_memory, from_model, random_model, resolve_dtype
 from tri_mpk.models import describe
 from tri_mpk.persistent_kernel import POLICIES
+from tri_mpk.rank_benchmark import run_rank_batches
 from tri_mpk.terminal import print_table
 
 SHORT, LONG = 128, 16384  # lengths of uneven sequences
@@ -121,6 +124,22 @@ def print_policies(report: dict[str, Any]) -> None:
 # ---- batch sizes ----
 
 
+def print_rank_batches(report: dict[str, Any]) -> None:
+    print(
+        f"{report['geometry']} on {report['gpu']}, context {report['settings']['context']}, commit {report['commit']}"
+    )
+    columns = {"batch": "batch", "ms": "ms/step", "tokens_per_s": "tokens/s", "copy": "of copy"}
+    rows = [
+        row | {"ms": f"{row['ms_p50']:.3f}", "tokens_per_s": f"{row['tokens_per_s']:.0f}"}
+        | {"copy": f"{row['fraction_of_copy']:.0%}"}
+        for row in report["rows"]
+    ]  # fmt: skip
+    print_table(columns, rows)
+    print(f"  a step without tokens: {report['empty_step_ms']:.3f} ms")
+    if "prompt_ms" in report:
+        print(f"  time to first token of a prompt alone: {report['prompt_ms']['ms_p50']:.1f} ms")
+
+
 def print_batches(report: dict[str, Any]) -> None:
     settings = report["settings"]
     print(
@@ -187,6 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
             for name in options.geometry
         }
         return report_each(measurements, print_policies, options)
+    if world()[1] > 1:
+        measurements = {
+            name: partial(
+                run_rank_batches, name, options.batch, options.context, num_steps=options.num_steps,
+                launches=options.launches, tokens_per_step=options.tokens_per_step, prompt=options.prompt,
+            )
+            for name in options.geometry
+        }  # fmt: skip
+        return report_each(measurements, print_rank_batches, options)
     measurements = {
         name: partial(
             run_batch_bench, name, options.batch, options.context, num_steps=options.num_steps,

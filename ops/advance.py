@@ -1,6 +1,7 @@
 """The end of a step of many sequences: chosen tokens are delivered, requests come and go, and the next step is planned.
 
-chosen [S] int32, logprobs [S] fp32 read | requests, through rings in the host's memory, read and answered: see rings.py
+chosen [S] int32, logprobs [S] fp32 read | asked [ranks, ASKED_SLOTS + 2 * S] int64 read: see host_words.py
+requests, through rings in the host's memory, read and answered: see rings.py
 slots [SLOT_FIELDS, S] int32, counters [NUM_COUNTERS] int64, records [S, RECORD] int64, tokens [S, L] int32,
 pages [2, num_pages] int32: those that are free, and how many sequences use each | the plan of the next step written
 A single task, vectors over the S slots. A slot is free, runs, or waits for pages. In this order:
@@ -16,6 +17,9 @@ A single task, vectors over the S slots. A slot is free, runs, or waits for page
 
 Where results of a whole step do not fit the ring the next step is empty, and so on until the host has made room. With
 nothing to do steps are empty too, and look for requests; the last one ends the launch.
+
+On several ranks each does the same with the same numbers, which are those of all hosts: a request is taken in when all
+have submitted it, a result's place is free when all have taken it, one that cancels a request or stops does so for all.
 Source: Orca (OSDI 2022), arXiv:2309.06180, 2308.16369.
 """
 
@@ -29,10 +33,11 @@ import triton.language as tl
 
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
 from tri_mpk.ops.rings import (
+    ASKED_FIRST,
+    ASKED_SLOTS,
     END_BY_CANCEL,
     END_OF_LENGTH,
     END_OF_TEXT,
-    HOST_CANCELS,
     HOST_REQUESTS,
     HOST_RESULTS,
     HOST_STOP,
@@ -40,7 +45,6 @@ from tri_mpk.ops.rings import (
     KERNEL_RESULTS,
     MAX_ENDS,
     RECORD,
-    RECORD_CANCEL,
     RECORD_ENDS,
     RECORD_MAX_LENGTH,
     RECORD_NUM_ENDS,
@@ -51,12 +55,11 @@ from tri_mpk.ops.rings import (
     RESULT_TOKEN,
     RINGS,
     STOP_NOW,
-    STOP_WHEN_DONE,
-    acquire_word,
     publish_word,
 )
-from tri_mpk.scheduler.device import CONTROL_LAST_EPOCH, CONTROL_STOP, signal, wait
+from tri_mpk.scheduler.device import CONTROL_LAST_EPOCH, CONTROL_STOP, signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 # Fields of a slot, each a row of `slots`.
 SLOT_STATUS = tl.constexpr(0)
@@ -73,20 +76,19 @@ RUNS = tl.constexpr(1)
 WAITS = tl.constexpr(2)  # it was preempted, and keeps its slot and its tokens
 
 # Words of `counters`.
-SEEN = tl.constexpr(0)  # four words: those that the host writes, as last seen
-NUM_CANCELS = tl.constexpr(4)  # so many cancelled requests there were when it was last looked who they are
-NUM_ADMITTED = tl.constexpr(5)  # requests that were taken in
-NUM_RESULTS = tl.constexpr(6)  # written
-NUM_FREE_PAGES = tl.constexpr(7)  # the first so many of the first row of `pages`
-BLOCKED_NEED = tl.constexpr(8)  # pages that the next request lacked when it was last looked at
-LOOKS = tl.constexpr(9)  # whether this step reads the host's words
-NUM_STEPS = tl.constexpr(10)  # statistics: all steps, those with tokens, their tokens, preemptions
-NUM_BUSY_STEPS = tl.constexpr(11)
-NUM_TOKENS = tl.constexpr(12)
-NUM_PREEMPTIONS = tl.constexpr(13)
-NUM_SHARED = tl.constexpr(14)  # pages that sequences began with
-NUM_PAGES = tl.constexpr(15)
-NUM_COUNTERS = tl.constexpr(16)
+NUM_ADMITTED = tl.constexpr(0)  # requests that were taken in
+NUM_RESULTS = tl.constexpr(1)  # written
+NUM_FREE_PAGES = tl.constexpr(2)  # the first so many of the first row of `pages`
+BLOCKED_NEED = tl.constexpr(3)  # pages that the next request lacked when it was last looked at
+LOOKS = tl.constexpr(4)  # whether this step reads the host's words
+MISMATCH = tl.constexpr(5)  # 1 + number of the request that is not the same on all ranks; 0: there is none
+NUM_STEPS = tl.constexpr(6)  # statistics: all steps, those with tokens, their tokens, preemptions
+NUM_BUSY_STEPS = tl.constexpr(7)
+NUM_TOKENS = tl.constexpr(8)
+NUM_PREEMPTIONS = tl.constexpr(9)
+NUM_SHARED = tl.constexpr(10)  # pages that sequences began with
+NUM_PAGES = tl.constexpr(11)
+NUM_COUNTERS = tl.constexpr(12)
 
 LOOK_INTERVAL = tl.constexpr(8)  # steps between two looks at the host's words while no slot is free
 
@@ -95,6 +97,62 @@ LOOK_INTERVAL = tl.constexpr(8)  # steps between two looks at the host's words w
 def sum_of_earlier(values, keys):
     """Of every slot the sum of `values` over all with a smaller key."""
     return tl.sum(tl.where(keys[None, :] < keys[:, None], values[None, :], 0), axis=1)
+
+
+@triton.jit
+def words_of_all(asked_ptr, slots, is_slot, S: tl.constexpr, RANKS: tl.constexpr):
+    """How many requests all ranks have, how many results all have taken, and whose request any of them cancels."""
+    num_requests = tl.load(asked_ptr + HOST_REQUESTS)
+    num_taken = tl.load(asked_ptr + HOST_RESULTS)
+    cancels = tl.load(asked_ptr + ASKED_SLOTS + slots, mask=is_slot, other=0)
+    for rank in tl.static_range(1, RANKS):
+        row_ptr = asked_ptr + rank * (ASKED_SLOTS + 2 * S)
+        num_requests = tl.minimum(num_requests, tl.load(row_ptr + HOST_REQUESTS))
+        num_taken = tl.minimum(num_taken, tl.load(row_ptr + HOST_RESULTS))
+        cancels |= tl.load(row_ptr + ASKED_SLOTS + slots, mask=is_slot, other=0)
+    return num_requests, num_taken, cancels != 0
+
+
+@triton.jit
+def end_of_launch(asked_ptr, num_admitted, is_idle, S: tl.constexpr, RANKS: tl.constexpr):
+    """Whether the launch is over, and whether a rank has request `num_admitted` that another one never submits.
+
+    Read again: that is cheaper than registers for all of the step.
+    """
+    stop = tl.load(asked_ptr + HOST_STOP)
+    num_requests = tl.load(asked_ptr + HOST_REQUESTS)
+    stops_now = stop == STOP_NOW
+    has_more = num_requests > num_admitted
+    has_last = (stop != 0) & (num_requests == num_admitted)  # and submits no more
+    is_done = has_last
+    for rank in tl.static_range(1, RANKS):
+        row_ptr = asked_ptr + rank * (ASKED_SLOTS + 2 * S)
+        stop = tl.load(row_ptr + HOST_STOP)
+        num_requests = tl.load(row_ptr + HOST_REQUESTS)
+        stops_now |= stop == STOP_NOW
+        has_more |= num_requests > num_admitted
+        has_this = (stop != 0) & (num_requests == num_admitted)
+        has_last |= has_this
+        is_done &= has_this
+    return stops_now | (is_done & is_idle), is_idle & has_last & has_more
+
+
+@triton.jit
+def equal_requests(asked_ptr, slots, is_slot, S: tl.constexpr, RANKS: tl.constexpr):
+    """How many requests from ASKED_FIRST on are the same on all ranks, and whether the next one is not.
+
+    A rank that has not got one yet has a fingerprint of 0.
+    """
+    prints_ptr = asked_ptr + ASKED_SLOTS + S + slots
+    low = tl.load(prints_ptr, mask=is_slot, other=0)
+    high = low
+    for rank in tl.static_range(1, RANKS):
+        its = tl.load(prints_ptr + rank * (ASKED_SLOTS + 2 * S), mask=is_slot, other=0)
+        low = tl.minimum(low, its)
+        high = tl.maximum(high, its)
+    number = tl.min(tl.where((low > 0) & (low == high), S, slots), axis=0)
+    differs = tl.max(((slots == number) & (low > 0) & (low != high)).to(tl.int32), axis=0) > 0
+    return number, differs
 
 
 @triton.jit
@@ -149,7 +207,7 @@ def share_pages(
 def report(
     mailbox_ptr, num_results, records_ptr, tokens_ptr, chosen_ptr, logprobs_ptr,
     slots, has_token, is_cancelled, ticket, length, max_length,
-    results, results_size, L: tl.constexpr,
+    TICKETS: tl.constexpr, RESULTS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Appends the chosen tokens and writes results. Returns why sequences end (0: they go on), and how many results."""
     token = tl.load(chosen_ptr + slots, mask=has_token, other=-1)
@@ -163,37 +221,38 @@ def report(
     reason = tl.where(has_token & is_end, END_OF_TEXT, reason)
     reason = tl.where(is_cancelled & (reason == 0), END_BY_CANCEL, reason)
     is_result = (has_token | (reason > 0)).to(tl.int32)
-    place = (num_results + tl.cumsum(is_result, axis=0) - is_result) & (results_size - 1)
+    place = (num_results + tl.cumsum(is_result, axis=0) - is_result) & (RESULTS - 1)
+    at_ptr = mailbox_ptr + RINGS + TICKETS + TICKETS * RECORD + place * RESULT
     first = ticket.to(tl.int64) | (reason.to(tl.int64) << RESULT_REASON)
     first |= tl.where(has_token, RESULT_TOKEN, 0)
     second = (token.to(tl.int64) & 0xFFFFFFFF) | (logprob.to(tl.int32, bitcast=True).to(tl.int64) << 32)
-    tl.store(mailbox_ptr + results + place * RESULT, first, mask=is_result > 0)
-    tl.store(mailbox_ptr + results + place * RESULT + 1, second, mask=is_result > 0)
+    tl.store(at_ptr, first, mask=is_result > 0)
+    tl.store(at_ptr + 1, second, mask=is_result > 0)
     return reason, tl.sum(is_result, axis=0)
 
 
 @triton.jit
 def take_in(
     mailbox_ptr, records_ptr, tokens_ptr, num_admitted, slot, available,
-    records, prompts, tickets_size, prompts_size, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    TICKETS: tl.constexpr, RESULTS: tl.constexpr, PROMPTS: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Copies the next request to a slot, if pages for its prompt are available; so many it needs."""
-    ticket = tl.load(mailbox_ptr + RINGS + (num_admitted & (tickets_size - 1)), volatile=True)
+    RECORDS: tl.constexpr = RINGS + TICKETS
+    ticket = tl.load(mailbox_ptr + RINGS + (num_admitted & (TICKETS - 1)), volatile=True)
     words = tl.arange(0, RECORD)
-    record = tl.load(mailbox_ptr + records + ticket * RECORD + words, volatile=True)
+    record = tl.load(mailbox_ptr + RECORDS + ticket * RECORD + words, volatile=True)
     prompt = tl.sum(tl.where(words == RECORD_PROMPT, record, 0), axis=0)
     length = tl.sum(tl.where(words == RECORD_PROMPT_LENGTH, record, 0), axis=0).to(tl.int32)
     max_length = tl.sum(tl.where(words == RECORD_MAX_LENGTH, record, 0), axis=0).to(tl.int32)
-    is_cancelled = tl.sum(tl.where(words == RECORD_CANCEL, record, 0), axis=0) != 0
     need = (length + PAGE_SIZE - 1) // PAGE_SIZE
     fits = need <= available
     tl.store(records_ptr + slot * RECORD + words, record, mask=fits & (words < RECORD))
     for first in tl.range(0, tl.where(fits, length, 0), 1024, num_stages=1):
         place = first + tl.arange(0, 1024)
-        at = (prompt + place) & (prompts_size - 1)
-        token = tl.load(mailbox_ptr + prompts + at, mask=place < length, other=0, volatile=True)
+        at = RECORDS + TICKETS * RECORD + RESULTS * RESULT + ((prompt + place) & (PROMPTS - 1))
+        token = tl.load(mailbox_ptr + at, mask=place < length, other=0, volatile=True)
         tl.store(tokens_ptr + slot.to(tl.int64) * L + place, token.to(tl.int32), mask=place < length)
-    return ticket.to(tl.int32), length, max_length, is_cancelled, need, fits
+    return ticket.to(tl.int32), length, max_length, need, fits
 
 
 @triton.jit
@@ -231,15 +290,15 @@ def write_plan(
 
 @triton.jit
 def advance_requests(
-    control_ptr, mailbox_ptr, epoch, host,
+    control_ptr, mailbox_ptr, epoch,
     num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
     first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
-    chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
-    tickets_size, results_size, prompts_size,
+    chosen_ptr, logprobs_ptr, asked_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
+    TICKETS: tl.constexpr, RESULTS: tl.constexpr, PROMPTS: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """`host`: the words HOST_STOP to HOST_CANCELS, read earlier, if this step looks at them."""
     MAX_PAGES: tl.constexpr = (L + PAGE_SIZE - 1) // PAGE_SIZE
     users_ptr = free_pages_ptr + tl.load(counters_ptr + NUM_PAGES)
     slots = tl.arange(0, BLOCK_S)
@@ -252,39 +311,25 @@ def advance_requests(
     num_pages = tl.load(slots_ptr + SLOT_PAGES * S + slots, mask=is_slot, other=0)
     order = tl.load(slots_ptr + SLOT_ORDER * S + slots, mask=is_slot, other=0)
     output = tl.load(output_token_ptr + slots, mask=is_slot, other=-1)
-    num_cancels = tl.load(counters_ptr + NUM_CANCELS)
     num_admitted = tl.load(counters_ptr + NUM_ADMITTED)
     num_results = tl.load(counters_ptr + NUM_RESULTS)
     num_free = tl.load(counters_ptr + NUM_FREE_PAGES).to(tl.int32)
     blocked_need = tl.load(counters_ptr + BLOCKED_NEED).to(tl.int32)
-    # Each warp has read the host's words for itself, and perhaps other ones: all must go on with the same.
-    looks = tl.load(counters_ptr + LOOKS) != 0
-    tl.store(counters_ptr + SEEN + tl.arange(0, 4), host, mask=looks & (tl.arange(0, 4) < 4))
-    tl.debug_barrier()
-    stop = tl.load(counters_ptr + SEEN + HOST_STOP)
-    num_requests = tl.load(counters_ptr + SEEN + HOST_REQUESTS)
-    num_taken = tl.load(counters_ptr + SEEN + HOST_RESULTS)
-    all_cancels = tl.load(counters_ptr + SEEN + HOST_CANCELS)
-    records = RINGS + tickets_size
-    results = records + tickets_size * RECORD
-    prompts = results + results_size * RESULT
+    num_requests, num_taken, cancels = words_of_all(asked_ptr, slots, is_slot, S, RANKS)
+    if RANKS > 1:
+        num_equal, differs = equal_requests(asked_ptr, slots, is_slot, S, RANKS)
+        num_equal += tl.load(asked_ptr + ASKED_FIRST)
+        tl.store(counters_ptr + MISMATCH, tl.where(differs & (num_equal < num_requests), num_equal + 1, 0))
+        num_requests = tl.minimum(num_equal, num_requests)
 
     # 1. what was chosen, and who ends
-    has_room = results_size - (num_results - num_taken) >= S  # it has where there are tokens
-    is_cancelled = slots < 0
-    if (all_cancels != num_cancels) & has_room:
-        acquire_word(mailbox_ptr + HOST_CANCELS, PORTABLE)
-        flags_ptr = mailbox_ptr + records + ticket * RECORD + RECORD_CANCEL
-        flags = tl.load(flags_ptr, mask=status != FREE, other=0, volatile=True)
-        flags_ptr = records_ptr + slots * RECORD + RECORD_CANCEL  # for the same reason
-        tl.store(flags_ptr, flags, mask=status != FREE)
-        tl.debug_barrier()
-        is_cancelled = tl.load(flags_ptr, mask=status != FREE, other=0) != 0
-        num_cancels = all_cancels
+    has_room = RESULTS - (num_results - num_taken) >= S  # it has where there are tokens
+    looks = tl.load(counters_ptr + LOOKS) != 0  # else `cancels` may be about requests that a slot had before
+    is_cancelled = cancels & (status != FREE) & looks & has_room
     has_token = output >= 0
     reason, num_new = report(
         mailbox_ptr, num_results, records_ptr, tokens_ptr, chosen_ptr, logprobs_ptr,
-        slots, has_token, is_cancelled, ticket, length, max_length, results, results_size, L,
+        slots, has_token, is_cancelled, ticket, length, max_length, TICKETS, RESULTS, L,
     )  # fmt: skip
     if num_new > 0:
         num_results += num_new
@@ -312,13 +357,12 @@ def advance_requests(
     is_new = tl.zeros([BLOCK_S], tl.int32)
     was_admitted = num_admitted
     if (num_admitted != num_requests) & (num_unused > 0) & (blocked_need <= available):
-        acquire_word(mailbox_ptr + HOST_REQUESTS, PORTABLE)
         blocked_need = 0
         while (num_admitted != num_requests) & (num_unused > 0) & (blocked_need == 0):
             slot = tl.min(tl.where(is_slot & (status == FREE), slots, BLOCK_S), axis=0)
-            its_ticket, its_length, its_max_length, cancelled, need, fits = take_in(
+            its_ticket, its_length, its_max_length, need, fits = take_in(
                 mailbox_ptr, records_ptr, tokens_ptr, num_admitted, slot, available,
-                records, prompts, tickets_size, prompts_size, L, PAGE_SIZE,
+                TICKETS, RESULTS, PROMPTS, L, PAGE_SIZE,
             )  # fmt: skip
             is_this = (slots == slot) & fits
             status = tl.where(is_this, RUNS, status)
@@ -328,8 +372,6 @@ def advance_requests(
             done = tl.where(is_this, 0, done)
             order = tl.where(is_this, num_admitted.to(tl.int32), order)
             is_new = tl.where(is_this, 1, is_new)
-            # one that was cancelled already ends where cancelled ones are looked for next
-            num_cancels = tl.where(fits & cancelled, -1, num_cancels)
             blocked_need = tl.where(fits, 0, need)
             available -= tl.where(fits, need, 0)
             num_admitted += fits.to(tl.int64)
@@ -341,7 +383,7 @@ def advance_requests(
     age = order - num_admitted.to(tl.int32)
     left = tl.where(status == RUNS, length - done, 0)
     key = tl.where(left == 1, age - (1 << 30), age)
-    has_room = results_size - (num_results - num_taken) >= S
+    has_room = RESULTS - (num_results - num_taken) >= S
     limit = tl.where(has_room, T, 0)
     share = tl.minimum(left, tl.maximum(limit - sum_of_earlier(left, key), 0))
 
@@ -402,7 +444,6 @@ def advance_requests(
     num_steps = tl.load(counters_ptr + NUM_STEPS)
     num_tokens = tl.sum(share, axis=0)
     looks_next = (num_live < S) | (num_tokens == 0) | (num_steps % LOOK_INTERVAL == 0)
-    tl.store(counters_ptr + NUM_CANCELS, num_cancels)
     tl.store(counters_ptr + NUM_ADMITTED, num_admitted)
     tl.store(counters_ptr + NUM_RESULTS, num_results)
     tl.store(counters_ptr + NUM_FREE_PAGES, num_free.to(tl.int64))
@@ -413,10 +454,11 @@ def advance_requests(
     tl.store(counters_ptr + NUM_TOKENS, tl.load(counters_ptr + NUM_TOKENS) + num_tokens)
     tl.store(counters_ptr + NUM_PREEMPTIONS, tl.load(counters_ptr + NUM_PREEMPTIONS) + num_preempted)
     tl.store(counters_ptr + NUM_SHARED, tl.load(counters_ptr + NUM_SHARED) + num_shared)
-    is_over = stop == STOP_NOW
-    if (stop == STOP_WHEN_DONE) & (num_live == 0) & (num_admitted == num_requests):
-        acquire_word(mailbox_ptr + HOST_STOP, PORTABLE)  # the words were read together: one may be older than the other
-        is_over = tl.load(mailbox_ptr + HOST_REQUESTS, volatile=True) == num_admitted
+    is_over, never_comes = end_of_launch(asked_ptr, num_admitted, num_live == 0, S, RANKS)
+    if RANKS > 1:
+        mismatch = tl.where(never_comes, num_admitted + 1, tl.load(counters_ptr + MISMATCH))
+        tl.store(counters_ptr + MISMATCH, mismatch)
+        is_over |= mismatch != 0
     tl.store(control_ptr + CONTROL_STOP, is_over.to(tl.int64))
     tl.store(control_ptr + CONTROL_LAST_EPOCH, epoch.to(tl.int64))
 
@@ -427,23 +469,20 @@ def advance_tile(
     task, event_ptr, control_ptr, mailbox_ptr, epoch,
     num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,  # out: the plan
     first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
-    chosen_ptr, logprobs_ptr,  # in
+    chosen_ptr, logprobs_ptr, asked_ptr,  # in
     slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,  # in and out
-    tickets_size, results_size, prompts_size,
+    TICKETS: tl.constexpr, RESULTS: tl.constexpr, PROMPTS: tl.constexpr,  # places of the rings
     S: tl.constexpr, T: tl.constexpr, L: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    looks = tl.load(counters_ptr + LOOKS) != 0  # as the last step left it
-    # a journey over the bus, during the wait
-    host = tl.load(mailbox_ptr + tl.arange(0, 4), mask=looks & (tl.arange(0, 4) < 4), other=0, volatile=True)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     advance_requests(
-        control_ptr, mailbox_ptr, epoch, host,
+        control_ptr, mailbox_ptr, epoch,
         num_tokens_ptr, token_ids_ptr, token_positions_ptr, token_sequences_ptr,
         first_token_ptr, sequence_tokens_ptr, output_token_ptr, page_table_ptr,
-        chosen_ptr, logprobs_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
-        tickets_size, results_size, prompts_size,
-        S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_TOKENS, PORTABLE,
+        chosen_ptr, logprobs_ptr, asked_ptr, slots_ptr, counters_ptr, records_ptr, tokens_ptr, free_pages_ptr,
+        TICKETS, RESULTS, PROMPTS, S, T, L, PAGE_SIZE, BLOCK_S, BLOCK_PAGES, BLOCK_TOKENS, RANKS, PORTABLE,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -497,6 +536,7 @@ def cut_advance(
     page_table: TensorHandle,
     chosen: TensorHandle,
     logprobs: TensorHandle,
+    asked: TensorHandle,
     slots: TensorHandle,
     counters: TensorHandle,
     records: TensorHandle,
@@ -520,20 +560,21 @@ def cut_advance(
         "free_pages_ptr": free_pages,
     }  # fmt: skip
     constants = {
+        "TICKETS": rings.tickets, "RESULTS": rings.results, "PROMPTS": rings.prompts,
         "S": num_slots, "T": token_ids.numel, "L": length, "PAGE_SIZE": page_size,
         "BLOCK_S": next_power_of_2(max(num_slots, 2)), "BLOCK_PAGES": next_power_of_2(max(page_table.dims[1], 2)),
         "BLOCK_TOKENS": compared_tokens(num_slots),
     }  # fmt: skip
-    cut = Cut(constants, reads | plan | state)
-    sizes = {"tickets_size": rings.tickets, "results_size": rings.results, "prompts_size": rings.prompts}
+    cut = Cut(constants, reads | {"asked_ptr": asked} | plan | state)
+    own = reads | plan | state
     cut.tasks.append(
         Task(
             op=0,
             tile=(0,),
-            reads=tuple(tensor.whole() for tensor in (reads | plan | state).values()),
+            reads=(*(tensor.whole() for tensor in own.values()), asked.columns(0, asked.dims[1])),
             writes=tuple(tensor.whole() for tensor in (plan | state).values()),
             cost_bytes=64 * num_slots,
-            fields=cut.addresses() | sizes,
+            fields=cut.addresses(),
         )
     )
     return cut
@@ -548,4 +589,4 @@ def advance_torch(length: torch.Tensor, done: torch.Tensor, order: torch.Tensor,
     return share
 
 
-ADVANCE = Op("advance", advance_tile, cut_advance, advance_torch, ends_step=True)
+ADVANCE = Op("advance", advance_tile, cut_advance, advance_torch, waits_for_ranks=True, ends_step=True)

@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, residual_reads, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit
@@ -53,11 +54,11 @@ def batch_gated_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     prefetch_rows(gate_ptr, up_ptr, row0, num_rows, K, True, 1, PORTABLE)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     for_all_tokens(
         num_tokens, (row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr),
         gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, MANY,
@@ -78,18 +79,15 @@ def cut_batch_gated_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight_gate.dims
-    num_parts, max_tokens = squares.dims
+    residual, sizes = residual_reads(k, input, squares)
     cut = Cut(
-        {
-            "N": num_rows, "K": k, "EPS": eps,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
-        },
+        {"N": num_rows, "K": k, "EPS": eps} | sizes,
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,
             "gate_ptr": weight_gate, "up_ptr": weight_up, "h_ptr": output,
         },
     )  # fmt: skip
-    whole = (num_tokens.whole(), input.columns(0, k), squares.box((0, num_parts), (0, max_tokens)))
+    whole = (num_tokens.whole(), *residual)
     addresses = cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
         cut.tasks.append(
@@ -113,4 +111,10 @@ def batch_gated_linear_torch(
     )
 
 
-BATCH_GATED_LINEAR = Op("batch_gated_linear", batch_gated_linear_tile, cut_batch_gated_linear, batch_gated_linear_torch)
+BATCH_GATED_LINEAR = Op(
+    "batch_gated_linear",
+    batch_gated_linear_tile,
+    cut_batch_gated_linear,
+    batch_gated_linear_torch,
+    waits_for_ranks=True,
+)

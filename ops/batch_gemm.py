@@ -17,6 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from tri_mpk.ops.op import TensorHandle
+from tri_mpk.scheduler.graph import Region
+
 ROWS = tl.constexpr(64)  # the least that `wgmma` takes
 FEW = tl.constexpr(32)  # tokens
 SOME = tl.constexpr(64)
@@ -174,6 +177,16 @@ def store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, D: 
 def normed_torch(x: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the residual stream [T, D]: what the next matrix reads, and the sums of squares [T]."""
     return (x.float() * gain.float()).to(dtype), x.float().square().sum(-1)
+
+
+def residual_reads(k: int, normed: TensorHandle, squares: TensorHandle) -> tuple[tuple[Region, ...], dict[str, int]]:
+    """What a task reads that needs all of `normed` [T, k] and `squares` [parts, T], and the constants of these sizes.
+
+    On several ranks both are symmetric: (rank, part of a task), see rank_batch_residual.py.
+    """
+    max_tokens = normed.numel // k
+    sizes = {"NUM_PARTS": squares.numel // max_tokens, "MAX_TOKENS": max_tokens}
+    return tuple(tensor.columns(0, tensor.dims[1]) for tensor in (normed, squares)), sizes
 
 
 def halves(num_rows: int) -> int:

@@ -12,10 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, SOME, for_all_tokens, halves, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import (
+    MANY,
+    SOME,
+    for_all_tokens,
+    halves,
+    multiply_rows,
+    prefetch_rows,
+    residual_reads,
+    token_rstd,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit
@@ -54,11 +64,12 @@ def batch_linear_tile(
     num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
     row0, num_rows,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr, RANKS: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
     prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     for_all_tokens(
         num_tokens, (row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr),
         linear_of_tokens, (N, K, EPS, HAS_BIAS, NUM_PARTS, MAX_TOKENS, HALVES), MAX_TOKENS,
@@ -80,19 +91,18 @@ def cut_batch_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight.dims
-    num_parts, max_tokens = squares.dims
+    residual, sizes = residual_reads(k, input, squares)
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
             "HALVES": halves(-(-num_rows // min(num_rows, grid_dim or machine.num_workers))),
-        },
+        } | sizes,
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,
             "bias_ptr": bias or squares, "y_ptr": output,
         },
     )  # fmt: skip
-    whole = (num_tokens.whole(), input.columns(0, k), squares.box((0, num_parts), (0, max_tokens)))
+    whole = (num_tokens.whole(), *residual)
     addresses = cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
         cut.tasks.append(
@@ -120,4 +130,4 @@ def batch_linear_torch(
     return y if bias is None else y + bias.float()
 
 
-BATCH_LINEAR = Op("batch_linear", batch_linear_tile, cut_batch_linear, batch_linear_torch)
+BATCH_LINEAR = Op("batch_linear", batch_linear_tile, cut_batch_linear, batch_linear_torch, waits_for_ranks=True)

@@ -2,7 +2,7 @@
 
 counts [2] read: the second is how many those are | outputs [S] read: which | output token [S] read
 xb [T, D] = x * gain read | squares [num_parts, T] fp32 read | W [V, D] read
-logits [S, V] fp32 written | best value, index [S, num_tasks] written
+logits [S, V'] fp32 written, V' >= V | best value, index [S, num_tasks] written
 One task = consecutive rows of the vocabulary; it also leaves, for each of these sequences, its largest logit and that
 logit's index (the lowest one on a tie). Rows of other sequences remain what they are.
 Source: transformers LlamaForCausalLM.
@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, token_rstd
+from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, residual_reads, token_rstd
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
-from tri_mpk.scheduler.device import signal, wait
+from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit
@@ -67,10 +68,10 @@ def batch_lm_head_tile(
     logits_of_ptr, best_value_ptr, best_index_ptr,  # out
     part, row0, num_rows,
     V: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, NUM_BEST: tl.constexpr, MAX_OUTPUTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, D, False, 1, PORTABLE)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     for_all_tokens(
         tl.load(counts_ptr + 1),
         (
@@ -98,25 +99,19 @@ def cut_batch_lm_head(
     grid_dim: int | None = None,
 ) -> Cut:
     vocab_size, k = weight.dims
-    num_parts, max_tokens = squares.dims
+    residual, sizes = residual_reads(k, input, squares)
     num_best = best_value.dims[1]
     if grid_dim not in (None, num_best):
         raise ValueError(f"best_value={best_value.name} is for {num_best} tasks, got grid_dim={grid_dim}; leave it out")
     cut = Cut(
-        {
-            "V": vocab_size, "D": k, "EPS": eps, "NUM_BEST": num_best, "MAX_OUTPUTS": outputs.numel,
-            "NUM_PARTS": num_parts, "MAX_TOKENS": max_tokens,
-        },
+        {"V": logits.dims[1], "D": k, "EPS": eps, "NUM_BEST": num_best, "MAX_OUTPUTS": outputs.numel} | sizes,
         {
             "counts_ptr": counts, "outputs_ptr": outputs, "output_token_ptr": output_token,
             "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,
             "logits_of_ptr": logits, "best_value_ptr": best_value, "best_index_ptr": best_index,
         },
     )  # fmt: skip
-    whole = (
-        counts.whole(), outputs.whole(), output_token.whole(),
-        input.columns(0, k), squares.box((0, num_parts), (0, max_tokens)),
-    )  # fmt: skip
+    whole = (counts.whole(), outputs.whole(), output_token.whole(), *residual)
     addresses = cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(vocab_size, num_best)):
         cut.tasks.append(
@@ -140,4 +135,4 @@ def batch_lm_head_torch(
     return batch_linear_torch(xb[token], squares[:, token], weight, eps)
 
 
-BATCH_LM_HEAD = Op("batch_lm_head", batch_lm_head_tile, cut_batch_lm_head, batch_lm_head_torch)
+BATCH_LM_HEAD = Op("batch_lm_head", batch_lm_head_tile, cut_batch_lm_head, batch_lm_head_torch, waits_for_ranks=True)

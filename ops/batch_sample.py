@@ -27,8 +27,9 @@ from tri_mpk.ops.sample import (
     turn,
 )
 from tri_mpk.ops.sampling import NUM_INDICES, NUM_SCRATCH
-from tri_mpk.scheduler.device import signal, wait
-from tri_mpk.scheduler.graph import Task
+from tri_mpk.scheduler.device import signal
+from tri_mpk.scheduler.graph import Region, Task
+from tri_mpk.scheduler.peers import wait_for_any
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def batch_sample_tile(
     scores_ptr, scratch_ptr, indices_ptr,
     sequence,
     S: tl.constexpr, L: tl.constexpr, NUM_PARTS: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TURN: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     record_ptr = records_ptr + sequence * RECORD
     choice_ptr = record_ptr + RECORD_CHOICE
@@ -67,7 +68,7 @@ def batch_sample_tile(
         )
     output = tl.load(output_token_ptr + sequence)
     choice = tl.load(choice_ptr + CHOICE).to(tl.int32)
-    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     if output >= 0:
         token = best_of_parts(best_value_ptr + sequence * NUM_PARTS, best_index_ptr + sequence * NUM_PARTS, NUM_PARTS)
         if choice != CHOOSE_BEST:
@@ -100,11 +101,13 @@ def cut_batch_sample(
     scores: TensorHandle,
     scratch: TensorHandle,
     indices: TensorHandle,
+    vocab_size: int,
     grid_dim: int | None = None,
 ) -> Cut:
     if grid_dim not in (None, chosen.numel):
         raise ValueError(f"batch_sample has a task per sequence, got grid_dim={grid_dim}; leave grid_dim out")
-    (num_sequences, num_parts), (_, vocab_size) = best_value.dims, logits.dims
+    num_sequences = chosen.numel
+    num_parts = best_value.numel // num_sequences
     common = {"output_token_ptr": output_token, "token_positions_ptr": token_positions, "slots_ptr": slots}
     rows_read = {
         "records_ptr": records, "tokens_ptr": tokens, "best_value_ptr": best_value, "best_index_ptr": best_index,
@@ -126,9 +129,7 @@ def cut_batch_sample(
 
     for sequence in range(num_sequences):
         # what the language model head leaves has two coordinates: its tasks write columns
-        found = [
-            tensor.box((sequence, sequence + 1), (0, tensor.dims[1])) for tensor in (best_value, best_index, logits)
-        ]
+        found = [_row_of(tensor, sequence) for tensor in (best_value, best_index, logits)]
         cut.tasks.append(
             Task(
                 op=0,
@@ -146,4 +147,12 @@ def cut_batch_sample(
     return cut
 
 
-BATCH_SAMPLE = Op("batch_sample", batch_sample_tile, cut_batch_sample, sample_torch)
+def _row_of(tensor: TensorHandle, sequence: int) -> Region:
+    """Of a matrix [S, N], or of what all ranks pushed: see rank_batch_gather.py."""
+    num_rows, size = tensor.dims
+    if tensor.symmetric:
+        return tensor.box((0, num_rows), (sequence, sequence + 1))
+    return tensor.box((sequence, sequence + 1), (0, size))
+
+
+BATCH_SAMPLE = Op("batch_sample", batch_sample_tile, cut_batch_sample, sample_torch, waits_for_ranks=True)

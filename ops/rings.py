@@ -20,7 +20,6 @@ import triton.language as tl
 HOST_STOP = tl.constexpr(0)  # MAILBOX_STOP: STOP_NOW, or STOP_WHEN_DONE: no request will follow
 HOST_REQUESTS = tl.constexpr(1)  # so many requests were handed over
 HOST_RESULTS = tl.constexpr(2)  # so many results were taken
-HOST_CANCELS = tl.constexpr(3)  # so many requests were cancelled, in their records
 KERNEL_REQUESTS = tl.constexpr(8)  # so many requests were taken in; lies in a line of its own
 KERNEL_RESULTS = tl.constexpr(9)  # so many results were written
 RINGS = tl.constexpr(16)
@@ -30,11 +29,12 @@ STOP_WHEN_DONE = tl.constexpr(2)
 
 # Words of a request's record.
 RECORD = tl.constexpr(64)  # words
-RECORD_CANCEL = tl.constexpr(0)
+RECORD_CANCEL = tl.constexpr(0)  # the host sets it at any time
 RECORD_PROMPT = tl.constexpr(1)  # where its prompt begins in the ring
 RECORD_PROMPT_LENGTH = tl.constexpr(2)
 RECORD_MAX_LENGTH = tl.constexpr(3)  # of prompt and new tokens together
 RECORD_NUM_ENDS = tl.constexpr(4)
+RECORD_FINGERPRINT = tl.constexpr(5)  # of prompt and parameters, above 0: ranks compare it
 RECORD_CHOICE = tl.constexpr(8)  # seven words: see sample.py
 RECORD_ENDS = tl.constexpr(16)  # ids that end it
 MAX_ENDS = tl.constexpr(32)
@@ -47,23 +47,22 @@ END_OF_TEXT = tl.constexpr(1)
 END_OF_LENGTH = tl.constexpr(2)
 END_BY_CANCEL = tl.constexpr(3)
 
+# A row of `asked`, what a rank's host had written when a step last looked: HOST_STOP to HOST_RESULTS, and then
+ASKED_FIRST = tl.constexpr(3)  # number of the first request that was not taken in
+ASKED_SLOTS = tl.constexpr(4)  # of every slot, whether its request is cancelled; then fingerprints, from that one on
+
 
 @triton.jit
-def acquire_word(word_ptr, PORTABLE: tl.constexpr):
-    """What the host wrote before this word has its present value may be read afterwards (volatile)."""
+def acquired_word(word_ptr, PORTABLE: tl.constexpr):
+    """A word of the host; what it wrote before may be read afterwards (volatile). Warps may see different values."""
     if PORTABLE:
-        tl.atomic_add(word_ptr, 0, sem="acquire", scope="sys")
-        tl.debug_barrier()
+        return tl.atomic_add(word_ptr, 0, sem="acquire", scope="sys")
     else:
-        tl.inline_asm_elementwise(  # a plain load: not every host lets a GPU do atomics on its memory
-            """{
-            .reg .pred p; .reg .u32 tid; .reg .u64 seen;
-            mov.u32 tid, %tid.x; setp.ne.u32 p, tid, 0; @!p ld.acquire.sys.global.u64 seen, [$1];
-            bar.sync 0; mov.u32 $0, 0;
-            }""",
-            "=r,l",
+        return tl.inline_asm_elementwise(  # a plain load: not every host lets a GPU do atomics on its memory
+            "ld.acquire.sys.global.u64 $0, [$1];",
+            "=l,l",
             [word_ptr.to(tl.int64)],
-            dtype=tl.int32,
+            dtype=tl.int64,
             is_pure=False,
             pack=1,
         )

@@ -197,11 +197,11 @@ def pack(
         for word, name in enumerate(field_order[task.variant], TASK_FIELDS.value):
             value = task.fields[name]
             put(i, word, counters.tables.place(task_idx, value) if isinstance(value, EventUse) else value)
-        if task.to_all_ranks:
+        if task.is_far:
             assert TASK_FIELDS.value + len(field_order[task.variant]) <= TASK_PEERS.value, graph.task_name(task_idx)
-            for peer in range(num_ranks):
-                put(i, TASK_PEERS.value + peer, Address(heap_name(peer)))
-                put(i, TASK_PEERS.value + peer, Address(heap_name(rank)), sign=-1)
+            for word, peer in enumerate(task.reached(rank, num_ranks), TASK_PEERS.value):
+                put(i, word, Address(heap_name(peer)))
+                put(i, word, Address(heap_name(rank)), sign=-1)
 
     def put_signals(i: int, targets: list[int]) -> None:
         signals = [e * EVENT_STRIDE + RELEASES.value * (e in counters.release) for e in targets]

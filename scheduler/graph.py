@@ -109,8 +109,22 @@ class Task:
     stream: WeightStream | None = None
     announces: tuple[str, ...] = ()  # values of which it gives the signals of those who are absent
     # of kernels on several ranks, see ranks.py
-    pushes: tuple[Region, ...] = ()  # of symmetric tensors, without the first coordinate: written on every rank
+    pushes: tuple[
+        Region, ...
+    ] = ()  # of symmetric tensors, without the first coordinate: written on ranks that it reaches
     to_all_ranks: bool = False  # its signals go to the events of all ranks
+    ahead: int | None = None  # or to those of one rank: the one so many after its own, modulo the number of ranks
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it reaches other ranks."""
+        return self.to_all_ranks or self.ahead is not None
+
+    def reached(self, rank: int, num_ranks: int) -> tuple[int, ...]:
+        """The ranks on which it pushes and signals when it runs on this one."""
+        if self.ahead is not None:
+            return ((rank + self.ahead) % num_ranks,)
+        return tuple(range(num_ranks)) if self.to_all_ranks else (rank,)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 Each rank has a heap at an address that all ranks know: first its counters, then its symmetric tensors, at the same
 places on all ranks. So what lies at an address of this rank's heap lies `delta` bytes further in another's. The deltas
-are in the descriptors of all tasks that signal to all ranks, one per rank, 0 for the own one.
+are in the descriptors of all tasks that signal to all ranks, one per rank, 0 for the own one. A task that reaches one
+rank only (`Task.ahead`) has that rank's delta alone: for `push` and `signal_ranks` there is RANKS = 1 then.
 
 A signal is as in device.py, with a release at system scope, once per rank: what all threads of this worker stored
 before, on whatever rank, may be read by those who then see the signal with an acquire at system scope.
@@ -19,6 +20,7 @@ from .device import (
     int_field,
     poll_counter,
     task_word,
+    wait,
 )
 
 TASK_PEERS = tl.constexpr(20)  # up to MAX_RANKS words behind the op's own fields: the deltas
@@ -43,11 +45,25 @@ def wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def wait_for_any(task, event_ptr, control_ptr, epoch, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
+    """`wait_for_ranks`, or `wait` in a kernel of one rank."""
+    if RANKS > 1:
+        wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    else:
+        wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+
+
+@triton.jit
+def at_peer(task, ptr, index, SIZE: tl.constexpr, PORTABLE: tl.constexpr):
+    """The place `ptr` of the heap of the rank that this task reaches as its `index`-th. SIZE: bytes of an element."""
+    return ptr + task_word(task, TASK_PEERS + index, PORTABLE) // SIZE
+
+
+@triton.jit
 def push(task, ptr, values, mask, SIZE: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
-    """Stores to the place `ptr` of every rank's heap. SIZE: bytes of an element."""
+    """Stores to the place `ptr` of every rank's heap."""
     for rank in tl.static_range(RANKS):
-        delta = task_word(task, TASK_PEERS + rank, PORTABLE) // SIZE
-        tl.store(ptr + delta, values, mask=mask)
+        tl.store(at_peer(task, ptr, rank, SIZE, PORTABLE), values, mask=mask)
 
 
 @triton.jit

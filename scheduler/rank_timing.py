@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .peers import signal_ranks, wait_for_ranks
+from .peers import signal_ranks, wait_for_any, wait_for_ranks
 from .timing import TASK_RECORD, TASK_STAMPS, own_word, read_clock, set_task_word, task_clock, write_record
 
 
@@ -12,6 +12,14 @@ def timed_wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE: tl.const
     """`wait_for_ranks`, and when it began and ended."""
     set_task_word(task, TASK_STAMPS, read_clock(task_clock(task, PORTABLE), PORTABLE), PORTABLE)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    set_task_word(task, TASK_STAMPS + 1, read_clock(task_clock(task, PORTABLE), PORTABLE), PORTABLE)
+
+
+@triton.jit
+def timed_wait_for_any(task, event_ptr, control_ptr, epoch, RANKS: tl.constexpr, PORTABLE: tl.constexpr):
+    """`wait_for_any`, and when it began and ended."""
+    set_task_word(task, TASK_STAMPS, read_clock(task_clock(task, PORTABLE), PORTABLE), PORTABLE)
+    wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     set_task_word(task, TASK_STAMPS + 1, read_clock(task_clock(task, PORTABLE), PORTABLE), PORTABLE)
 
 

@@ -8,9 +8,13 @@ signals too:
     rank 0   o_proj t0 ──┬─ event 7 of rank 0 ── gate_up t0 ...     reads parts[0:2]
     rank 1   o_proj t0 ──┴─ event 7 of rank 1 ── gate_up t0 ...     count: 2 for each task that pushes
 
-Events are derived from one rank's graph, in which a task that pushes stands for its counterparts: it writes the parts
-of all ranks. That says who waits for whom; it is not trusted. What is proved is the graph of all ranks (`join`): every
-rank's tasks, tensors, events and queues under names of their own, and signals where the kernel sends them.
+Or it reaches one rank only, so many after its own (`Task.ahead`): of every such task each rank hears once, from one of
+its counterparts.
+
+Events are derived from rank 0's graph, in which a task that pushes stands for its counterparts: it writes the parts
+that reach this rank. That says who waits for whom; it is not trusted. What is proved is the graph of all ranks
+(`join`): every rank's tasks, tensors, events and queues under names of their own, and signals where the kernel sends
+them.
 
 The step event gets the same signals on every rank, all of them from tasks that signal to all ranks. So in the proof it
 is one event, and a rank begins a step only when all ranks are done with the last one: nobody can run into another's
@@ -31,20 +35,25 @@ def derive_rank_events(graph: TaskGraph, num_ranks: int) -> Events:
     """The events of each rank of `num_ranks` that run this graph."""
     stand_ins = [replace(task, writes=task.writes + _pushed_by_all(task, num_ranks)) for task in graph.tasks]
     events = derive_events(replace(graph, tasks=stand_ins))
-    events.weights = [num_ranks if task.to_all_ranks else 1 for task in graph.tasks]
+    events.weights = [len(task.reached(0, num_ranks)) for task in graph.tasks]
     for event in events.events:
         event.count = sum(events.weights[task] for task in event.producers)
     return events
 
 
 def _pushed_by_all(task: Task, num_ranks: int) -> tuple[Region, ...]:
-    return tuple(Region(region.tensor, ((0, num_ranks), *region.box)) for region in task.pushes)
+    """What the task and its counterparts write on rank 0."""
+    senders = (0, num_ranks)
+    if task.ahead is not None:
+        sender = -task.ahead % num_ranks
+        senders = (sender, sender + 1)
+    return tuple(Region(region.tensor, (senders, *region.box)) for region in task.pushes)
 
 
 def waits_for_ranks(graph: TaskGraph, events: Events, task: int) -> bool:
     """Whether other ranks signal the event that a task waits for."""
     event = events.wait[task]
-    return event >= 0 and any(graph.tasks[producer].to_all_ranks for producer in events.events[event].producers)
+    return event >= 0 and any(graph.tasks[producer].is_far for producer in events.events[event].producers)
 
 
 def verify_ranks(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> Report:
@@ -85,10 +94,11 @@ def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -
     signals: list[list[int]] = []
     for t, task in enumerate(graph.tasks):
         for rank in ranks:
+            reached = task.reached(rank, num_ranks)
             pushes = tuple(
                 Region(own[region.tensor][peer], ((rank, rank + 1), *region.box))
                 for region in task.pushes
-                for peer in ranks
+                for peer in reached
             )
             joint.tasks.append(
                 Task(
@@ -100,7 +110,6 @@ def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -
                 )
             )
             wait.append(event_of(events.wait[t], rank) if events.wait[t] >= 0 else -1)
-            reached = ranks if task.to_all_ranks else (rank,)
             signals.append([*dict.fromkeys(event_of(event, peer) for event in events.signals[t] for peer in reached)])
     counts = [events.events[STEP_EVENT].count]
     counts += [event.count for event in events.events[1:] for _ in ranks]

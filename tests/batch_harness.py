@@ -25,13 +25,13 @@ class BatchHarness(OpHarness):
         tokens, parts = self.mpk.max_tokens_per_step, min(size, self.mpk.num_workers)
         x = self.input(tokens, size)
         self.changing.add(x.name)
-        return Residual(x, self.output(tokens, size), self.output(parts, tokens))
+        return Residual(size, x, self.output(tokens, size), self.output(parts, tokens))
 
     def normed(self, size: int, parts: int = 3) -> Residual:
         """One that ops read: random numbers, and squares that they could have."""
         tokens = self.mpk.max_tokens_per_step
         squares = self.attach(torch.rand(parts, tokens) * size / parts + 0.1)
-        return Residual(self.input(tokens, size), self.input(tokens, size), squares)
+        return Residual(size, self.input(tokens, size), self.input(tokens, size), squares)
 
     def set_plan(self, work: dict[int, tuple[int, int]], silent: tuple[int, ...] = (), vocab_size: int = 2) -> None:
         """`work`: for each sequence the position of its first token and the number of tokens, in this order."""

@@ -101,16 +101,18 @@ def hash_kernel(
     max_seq_len: int = 32,
     rings: RingSizes | None = None,
     wait_bound_s: float = 20.0,
+    **options: object,
 ) -> BatchKernel:
-    """On two workers."""
+    """On two workers. Ranks have no part each: all compute the same."""
     meta = [torch.zeros(1, dtype=torch.int32), torch.zeros(max_seq_len, dtype=torch.int64)]
     mpk = BatchKernel(
         num_workers=2, meta_tensors=meta, wait_bound_s=wait_bound_s, max_batch_size=max_batch_size,
-        max_tokens_per_step=max_tokens_per_step,
+        max_tokens_per_step=max_tokens_per_step, **options,
     )  # fmt: skip
     sequence_pages = -(-max_seq_len // page_size)
     num_pages = num_pages or max_batch_size * sequence_pages
     plan = mpk.new_step_plan(sequence_pages)
+    state = mpk.host_words_layer(page_size=page_size, num_pages=num_pages, rings=rings)
     cache = torch.full((max(num_pages, 1), page_size), -1, dtype=torch.int32)
     logits = mpk.new_tensor((max_batch_size, VOCAB_SIZE), torch.float32, name="logits")
     best = (
@@ -128,7 +130,7 @@ def hash_kernel(
         best_value=best[0],
         best_index=best[1],
     )
-    mpk.advance_layer(plan=plan, input=best, logits=logits, page_size=page_size, num_pages=num_pages, rings=rings)
+    mpk.advance_layer(plan=plan, state=state, input=best, logits=logits)
     return mpk
 
 

@@ -25,11 +25,13 @@ def say(value: Any) -> None:
 
 
 def pair(
-    family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, on_gpu: bool = False, **changes: object
-):
+    family: str = "llama", max_seq_len: int = 64, wait_bound_s: float = 60.0, on_gpu: bool = False,
+    options: dict[str, int] | None = None, **changes: object,
+):  # fmt: skip
     """Our part of a tiny model, and all of transformers'. On a GPU in fp32 too, but with workers as the GPU has SMs."""
     theirs = transformers_model(tiny_config(family, **changes))
     where = {"dtype": torch.float32} if on_gpu else {"device": "cpu", "num_workers": 2}
+    where |= options or {}
     ours = tri_mpk.from_model(
         copy.deepcopy(theirs), max_seq_len=max_seq_len, wait_bound_s=wait_bound_s, progress=False, **where
     )
@@ -79,6 +81,94 @@ def sample(requests: list[dict[str, Any]], **parameters: Any) -> None:
         "tokens": [each.sequences[0].tolist() for each in found], "drawn": drawn, "greedy": greedy,
         "logprobs": [each.logprobs[0].tolist() for each in found],
     })  # fmt: skip
+
+
+def batch_pair(on_gpu: bool = False, **parameters: Any):
+    """As `pair`, for batches: three slots, and chunks of prompts."""
+    options = {"max_batch_size": 3, "max_tokens_per_step": 8, "page_size": 64 if on_gpu else 7}
+    return pair(on_gpu=on_gpu, options=options, **parameters)
+
+
+def shared_bits(model: CausalLM) -> int:
+    """Of all that ranks have pushed to all."""
+    tensors = [tensor for name, tensor in model.kernel.tensors.items() if tensor.symmetric and name != "x.parts"]
+    assert len(tensors) == 6
+    return digest(*(tensor.data for tensor in tensors))
+
+
+def batch(lengths: list[int], num_new: int = 4, repeats: int = 2, **parameters: Any) -> None:
+    """Greedy tokens of prompts of these lengths, and transformers'."""
+    ours, theirs = batch_pair(**parameters)
+    prompts = [prompt(length, seed=i)[0] for i, length in enumerate(lengths)]
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, own_mask, own in zip(ids, mask, prompts, strict=True):
+        row[-len(own) :], own_mask[-len(own) :] = own, 1
+    common = {"attention_mask": mask, "max_new_tokens": num_new, "pad_token_id": 0}
+    found = [ours.generate(ids, **common).tolist() for _ in range(repeats)]
+    say({
+        "tokens": found, "bits": shared_bits(ours), "launches": ours.kernel.runtime.num_launches,
+        "expected": theirs.generate(ids, do_sample=False, **common).tolist(),
+    })  # fmt: skip
+
+
+def serve_batch(requests: list[dict[str, Any]], cancelling: int = -1, **parameters: Any) -> None:
+    """Requests that come one after another; the rank `cancelling` cancels a long one."""
+    ours, _ = batch_pair(**parameters)
+    torch.manual_seed(ours.kernel.rank)  # what a rank would draw for itself
+    with ours.serve() as engine:
+        long = engine.submit(prompt(2), max_new_tokens=ours.max_seq_len - 4)
+        streams = [engine.submit(prompt(3), max_new_tokens=4, output_logprobs=True, **each) for each in requests]
+        drawn = engine.submit(prompt(3), max_new_tokens=4, do_sample=True, temperature=9.0)
+        found = [(stream.result(), stream.logprobs) for stream in streams]
+        next(long)
+        if ours.kernel.rank == cancelling:
+            long.cancel()
+        try:
+            long.result()
+        finally:
+            engine.finish()
+    say({
+        "tokens": [tokens for tokens, _ in found], "logprobs": [logprobs for _, logprobs in found],
+        "drawn": drawn.result(), "reason": long.finish_reason, "long": long.tokens, "bits": shared_bits(ours),
+    })  # fmt: skip
+
+
+def different_requests(what: str, **parameters: Any) -> None:
+    """Ranks that do not submit the same: an error, and then a launch that is in order."""
+    ours, theirs = batch_pair(**parameters)
+    rank = ours.kernel.rank
+    text = ""
+    try:
+        with ours.serve() as engine:
+            first = engine.submit(prompt(2), max_new_tokens=2)
+            if what == "a prompt":
+                second = engine.submit(prompt(3, seed=rank), max_new_tokens=2)
+            else:
+                second = engine.submit(prompt(3), max_new_tokens=2) if rank == 0 else first
+            second.result()
+    except tri_mpk.TriMpkError as error:
+        text = f"{type(error).__name__}: {error}"
+    equal = torch.equal(ours.generate(prompt(2), max_new_tokens=3), theirs.generate(prompt(2), max_new_tokens=3))
+    say({"text": text, "equal": equal})
+
+
+def serve_and_hang(bound_s: float = FEW_POLLS_S, **parameters: Any) -> None:
+    """Serves until something happens to another rank, and says what it was."""
+    ours, _ = batch_pair(wait_bound_s=20.0, **parameters)
+    ours.generate(prompt(2), max_new_tokens=2)
+    ours.kernel.runtime.wait_bound_s = bound_s
+    say({"pids": [os.getpid(), *(worker.pid for worker in getattr(ours.kernel.runtime, "workers", []))]})
+    try:
+        with ours.serve() as engine:
+            engine.submit(prompt(2), max_new_tokens=2).result()
+            say("idle")
+            while engine.is_open:
+                time.sleep(0.05)
+    except tri_mpk.TriMpkError as error:
+        say({"error": type(error).__name__, "text": str(error), "silent_ranks": getattr(error, "silent_ranks", None)})
+        return
+    say({"error": None})
 
 
 class AtToken(BaseStreamer):
@@ -304,6 +394,72 @@ def graph() -> None:
     torch.distributed.destroy_process_group()
 
 
+def serve(cancelling: int = 1) -> None:
+    """Launches of one kernel that takes requests: alike on all ranks, ended by one of them, and not alike."""
+    from transformers import GenerationConfig
+
+    from hash_model import VOCAB_SIZE, greedy_tokens, hash_kernel
+    from tri_mpk.distributed import world
+    from tri_mpk.generation import seed_generator
+    from tri_mpk.serving import Engine
+
+    rank, world_size = world()
+    torch.manual_seed(rank)
+    torch.distributed.init_process_group("gloo")
+    kernel = hash_kernel(2, 4, num_pages=12, wait_bound_s=60.0, world_size=world_size, rank=rank)
+    kernel.compile()
+
+    def engine() -> Engine:
+        return Engine(kernel, GenerationConfig(), VOCAB_SIZE, generator=seed_generator(kernel.ranks))
+
+    result: dict[str, Any] = {}
+    with engine() as alike:
+        time.sleep(rank * 0.5)
+        streams = [alike.submit([i + 1, 2, 3], max_new_tokens=3 + i) for i in range(4)]
+        drawn = [alike.submit([1, 2], max_new_tokens=4, do_sample=True) for _ in range(2)]
+        endless = alike.submit([5], max_new_tokens=31)
+        if rank == cancelling:
+            next(endless)
+            endless.cancel()
+        result["cancelled"] = endless.result() == greedy_tokens(endless.request)[: len(endless.tokens)]
+        result["reason"] = endless.finish_reason
+        result["greedy"] = all(stream.result() == greedy_tokens(stream.request) for stream in streams)
+        result["drawn"] = [stream.result() for stream in drawn]
+    result["statistics"] = alike.statistics.tokens
+
+    with engine() as ended:
+        streams = [ended.submit([i + 1], max_new_tokens=30) for i in range(4)]
+        if rank == cancelling:
+            next(streams[0])
+            ended.close(cancel=True)
+        [stream.result() for stream in streams]
+        result["ended"] = [stream.finish_reason for stream in streams]
+
+    differs = engine()
+    streams = [differs.submit([1], max_new_tokens=31), differs.submit([2 + rank], max_new_tokens=31)]
+    result["differs"] = []
+    for stream in streams:
+        try:
+            stream.result(timeout=60)
+        except tri_mpk.errors.RankError as error:
+            result["differs"].append(str(error))
+    differs.close()
+
+    more = engine()
+    streams = [more.submit([1], max_new_tokens=3) for _ in range(2 + rank)]
+    try:
+        more.close()
+        result["more"] = None
+    except tri_mpk.errors.RankError as error:
+        result["more"] = str(error)
+    result["reasons"] = [stream.finish_reason for stream in streams]
+
+    with engine() as again:
+        result["again"] = again.submit([3, 1], max_new_tokens=2).result()
+    say(result)
+    torch.distributed.destroy_process_group()
+
+
 @torch.no_grad()
 def baseline() -> None:
     """The baseline of several ranks, eagerly and with gloo, chooses transformers' tokens."""
@@ -420,9 +576,44 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, r
     say(result)
 
 
+@torch.no_grad()
+def batch_accuracy(name: str, length: int = 50, num_new: int = 16, number: int = 4, **options: Any) -> None:
+    """On GPUs, in bf16: the logits of the last tokens of `number` texts, as `accuracy` looks at those of one."""
+    from tri_mpk.benchmark import kl_divergence, relative_l2
+    from tri_mpk.geometries import geometry
+    from tri_mpk.loading import random_model
+
+    config = tiny_config(**json.loads(name)) if name.startswith("{") else geometry(name)
+    ours = tri_mpk.from_config(
+        config, dtype=torch.bfloat16, max_seq_len=512, progress=False, max_batch_size=number, max_tokens_per_step=64,
+        **options,
+    )  # fmt: skip
+    ours.generation_config.eos_token_id = None
+    ids = torch.cat([prompt(length, config.vocab_size, seed=i) for i in range(number)])
+    result: dict[str, Any] = {"tokens": [], "bits": [], "ours": [], "bf16": []}
+    for _ in range(2):
+        texts = ours.generate(ids, max_new_tokens=num_new, do_sample=True, seed=3)
+        result["tokens"].append(texts.tolist())
+        result["bits"].append(shared_bits(ours))
+    logits = ours.kernel.tensors["all_logits"].data.view(-1)[: number * config.vocab_size].view(number, -1).clone()
+    if ours.kernel.rank == 0:
+        torch.set_float32_matmul_precision("highest")
+        theirs = random_model(config, 0, torch.bfloat16, ours.device)
+        texts = texts[:, :-1].to(ours.device)
+        rounded = theirs(texts).logits[:, -1]
+        theirs.float().set_attn_implementation("eager")
+        exact = theirs(texts).logits[:, -1]
+        for kind, found in (("ours", logits), ("bf16", rounded)):
+            for row, expected in zip(found, exact, strict=True):
+                result[kind].append((relative_l2(row, expected), kl_divergence(row, expected)))
+    ours.ranks.meet("the end")
+    say(result)
+
+
 if __name__ == "__main__":
     {f.__name__: f for f in (
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
-        out_of_step, profile, sample,
+        out_of_step, profile, sample, batch, serve_batch, different_requests, serve_and_hang, serve,
+        batch_accuracy,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

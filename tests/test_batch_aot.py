@@ -41,10 +41,10 @@ kernel = BatchKernel(
     meta_tensors=[step, text], max_batch_size=sequences, max_tokens_per_step=tokens, policy=sys.argv[4]
 )
 model = empty_model(config, torch.bfloat16)
+state = kernel.host_words_layer(page_size=128, num_pages=sequences * 8192 // 128)
 output = build_batch(kernel, describe(config, 8192), model, page_size=128, progress=False)
 best = output.best_value, output.best_index
-pages = sequences * 8192 // 128
-kernel.advance_layer(plan=output.plan, input=best, logits=output.logits, page_size=128, num_pages=pages)
+kernel.advance_layer(plan=output.plan, state=state, input=best, logits=output.logits)
 program = kernel.plan()
 compiled = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, compiled.metadata.shared, 227 << 10)

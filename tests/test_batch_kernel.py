@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decoders import tiny_config
+from hash_model import hash_kernel
 from repeat_step import REPEAT_STEP
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.inspect import critical_path
@@ -66,13 +67,21 @@ def test_a_graph_needs_an_end():
         kernel.plan()
 
 
+@pytest.mark.parametrize("profile", [False, True])
+def test_ranks_have_the_same_kernel_and_end_a_step_together(profile):
+    programs = [hash_kernel(world_size=2, rank=rank, profile=profile).plan() for rank in range(2)]
+    assert programs[0].source == programs[1].source and "RANKS = tl.constexpr(2)" in programs[0].source
+    assert programs[0].counters.step_count() == 2
+    one = hash_kernel(profile=profile).plan()
+    assert "RANKS = tl.constexpr(1)" in one.source and "end_step_tile" not in one.source
+    assert ("timed_wait_for_any(task" in one.source) == profile
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="max_batch_size=0 must be from 1"):
         meta_kernel(max_batch_size=0)
     with pytest.raises(ValueError, match="max_tokens_per_step=40000 must be from 1 to 32768"):
         meta_kernel(max_tokens_per_step=40000)
-    with pytest.raises(NotImplementedError, match="several ranks"):
-        meta_kernel(world_size=2)
 
 
 def test_layers_check_dims():

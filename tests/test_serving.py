@@ -27,6 +27,7 @@ from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.errors import EngineClosedError, EngineFullError, MegakernelTimeout, WorkerDiedError
 from tri_mpk.generation import GenerationRequest
 from tri_mpk.ops.advance import RingSizes
+from tri_mpk.ops.rings import RECORD_FINGERPRINT
 from tri_mpk.ops.sample import SAMPLE
 from tri_mpk.rings import HostRings
 from tri_mpk.runtime import InterpreterRuntime
@@ -430,3 +431,23 @@ def test_rings_hold_no_more_than_fits():
     short = [rings.put(GenerationRequest(prompt(1), 30, ())) for _ in range(9)]
     assert short == [4, 5, 6, 7, *[None] * 5]  # 8 tickets
     assert expected_tokens(GenerationRequest(prompt(2), 3, ()), lambda logits, tokens: 1) == [1]
+
+
+def test_fingerprints_tell_requests_apart():
+    """All that matters of a request counts, and not where it lies."""
+
+    def fingerprints(*requests: GenerationRequest) -> list[int]:
+        rings = HostRings(torch.zeros(RINGS.num_words, dtype=torch.int64).numpy(), RINGS)
+        return [int(rings.records[rings.put(request), RECORD_FINGERPRINT.value]) for request in requests]
+
+    request = GenerationRequest(prompt(5), 9, (1,), Sampling(True, seed=3))
+    others = [
+        GenerationRequest(prompt(5, 1), 9, (1,), Sampling(True, seed=3)),
+        GenerationRequest(prompt(5), 8, (1,), Sampling(True, seed=3)),
+        GenerationRequest(prompt(5), 9, (2,), Sampling(True, seed=3)),
+        GenerationRequest(prompt(5), 9, (1,), Sampling(True, seed=4)),
+        GenerationRequest(prompt(5), 9, (1,), Sampling(True, seed=3, top_k=1)),
+    ]
+    found = fingerprints(request, *others, request)
+    assert found[0] == found[-1] == fingerprints(others[0], request)[1]
+    assert len(set(found)) == 6 and min(found) > 0

@@ -100,6 +100,20 @@ def test_the_graph_api_reduces_and_gathers():
         assert result["equal"] and result["tokens"] == [0, result["best"], result["best"]] and result["step"] == 2
 
 
+def test_ranks_serve_the_same_requests():
+    first, second = run_ranks(2, "serve")
+    assert first["greedy"] and second["greedy"]
+    assert first["drawn"] == second["drawn"] and first["drawn"][0] != first["drawn"][1]
+    for result in (first, second):
+        assert result["cancelled"] and result["reason"] == "cancelled"
+        assert set(result["ended"]) == {"cancelled"}
+        assert len(result["differs"]) == 2 and all("number 1, from 0," in text for text in result["differs"])
+    assert "number 2, from 0," in first["more"] and first["reasons"] == ["length"] * 2
+    assert second["more"] is None and second["reasons"] == ["length", "length", "error"]
+    for what in ("statistics", "again"):
+        assert first[what] == second[what]
+
+
 def test_the_baseline_chooses_the_same_tokens():
     for result in run_ranks(2, "baseline"):
         assert result["tokens"] == result["expected"]

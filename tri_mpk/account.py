@@ -62,7 +62,7 @@ class Queues:
         """
         tasks = (self.words[:, words.TASK_VARIANT.value] >> 32).tolist()
         graph = self.program.graph
-        far = [i for i, task in enumerate(tasks) if self.variant[i] >= 0 and graph.tasks[task].to_all_ranks]
+        far = [i for i, task in enumerate(tasks) if self.variant[i] >= 0 and graph.tasks[task].is_far]
         self.words[far, TASK_PEERS.value : TASK_PEERS.value + self.program.num_ranks] = 0
 
     def cached_weights(self) -> None:

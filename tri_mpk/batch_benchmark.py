@@ -46,6 +46,7 @@ from tri_mpk.reference import reference_logits
 from tri_mpk.rings import HostRings, Result
 from tri_mpk.runtime import CudaRuntime, LaunchRequest
 from tri_mpk.sampling import Sampling
+from tri_mpk.serving import Engine
 
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_CONTEXT = 512
@@ -117,8 +118,9 @@ def place_sequences(
     counters = state.counters.data.tolist()
     counters[advance.NUM_FREE_PAGES.value] = state.num_pages - dealt
     counters[advance.LOOKS.value] = 0  # at the host's words, which stand here already
-    counters[advance.SEEN.value + HOST_STOP.value] = STOP_WHEN_DONE.value
     state.counters.data.copy_(torch.tensor(counters))
+    state.asked.data.zero_()
+    state.asked.data[:, HOST_STOP.value] = STOP_WHEN_DONE.value
 
     def fill(handle, values: Tensor, rest: int = 0) -> None:
         handle.data.fill_(rest)
@@ -267,6 +269,12 @@ def check_batch(model: CausalLM, hf_model: nn.Module, lengths: Sequence[int]) ->
 # ---- time to first token ----
 
 
+def first_token_ms(engine: Engine, prompt: Tensor) -> float:
+    start = time.perf_counter()
+    engine.submit(prompt, max_new_tokens=1, eos_token_id=None).result()
+    return (time.perf_counter() - start) * 1e3
+
+
 def measure_prompt(model: CausalLM, prompt_length: int, num_beside: int, context: int, repeats: int) -> dict[str, Any]:
     """Time to first token of a prompt, by the host's clock, through `model.serve`: alone, and beside `num_beside`
     sequences that decode from `context` on; and ms per token of those, alone and while a prompt is read.
@@ -277,19 +285,13 @@ def measure_prompt(model: CausalLM, prompt_length: int, num_beside: int, context
     def prompt(length: int) -> Tensor:
         return torch.randint(vocab_size, (length,), generator=generator)
 
-    def first_token_ms() -> float:
-        ids = prompt(prompt_length)
-        start = time.perf_counter()
-        engine.submit(ids, max_new_tokens=1, eos_token_id=None).result()
-        return (time.perf_counter() - start) * 1e3
-
     def num_decoded() -> int:
         return sum(len(stream.tokens) for stream in decodes)
 
     with model.serve() as engine:
         for _ in range(WARMUP):
-            first_token_ms()
-        alone = [first_token_ms() for _ in range(repeats)]
+            first_token_ms(engine, prompt(prompt_length))
+        alone = [first_token_ms(engine, prompt(prompt_length)) for _ in range(repeats)]
         new_tokens = model.max_seq_len - context
         decodes = [
             engine.submit(prompt(context), max_new_tokens=new_tokens, eos_token_id=None) for _ in range(num_beside)
@@ -303,7 +305,7 @@ def measure_prompt(model: CausalLM, prompt_length: int, num_beside: int, context
         beside, decode_beside = [], []
         for _ in range(repeats):
             before = num_decoded()
-            beside.append(first_token_ms())
+            beside.append(first_token_ms(engine, prompt(prompt_length)))
             decode_beside.append(beside[-1] * num_beside / max(1, num_decoded() - before))
         running = sum(stream.finish_reason is None for stream in decodes)
         for stream in decodes:
@@ -493,8 +495,8 @@ def run_batch_bench(
 def row_of(
     model: CausalLM, batch: int, context: int, times: dict[str, float], copy_gbps: float, baseline: dict | None
 ) -> dict[str, Any]:
-    """All about one batch size. Bytes: weights once, and keys and values of all sequences."""
-    weights = weight_bytes(model.config, model.dtype.itemsize)
+    """All about one batch size. Bytes of a rank: weights once, and keys and values of all sequences."""
+    weights = weight_bytes(model.config, model.dtype.itemsize) // model.kernel.world_size
     kv = batch * kv_bytes(model, context)
     gbps = (weights + kv) / times["ms_p50"] / 1e6
     return {

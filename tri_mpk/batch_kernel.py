@@ -21,7 +21,13 @@ from tri_mpk.ops.batch_linear_residual import BATCH_LINEAR_RESIDUAL
 from tri_mpk.ops.batch_lm_head import BATCH_LM_HEAD
 from tri_mpk.ops.batch_merge import BATCH_MERGE
 from tri_mpk.ops.batch_sample import BATCH_SAMPLE
+from tri_mpk.ops.end_step import RANK_END_STEP
+from tri_mpk.ops.host_words import HOST_WORDS
 from tri_mpk.ops.op import TensorHandle
+from tri_mpk.ops.rank_batch_embedding import RANK_BATCH_EMBEDDING
+from tri_mpk.ops.rank_batch_gather import RANK_BATCH_GATHER
+from tri_mpk.ops.rank_batch_linear import RANK_BATCH_LINEAR
+from tri_mpk.ops.rank_batch_residual import RANK_BATCH_RESIDUAL, num_blocks
 from tri_mpk.ops.sample import score_size
 from tri_mpk.ops.sampling import MAX_VOCAB, NUM_INDICES, NUM_SCRATCH
 from tri_mpk.persistent_kernel import PersistentKernel, check_dims, matrix_dims
@@ -81,9 +87,11 @@ class StepWork:
 class Residual:
     """The residual stream, as whoever adds to it leaves it for the next matrix."""
 
-    x: TensorHandle  # [T, D] fp32
+    hidden_size: int  # D
+    x: TensorHandle  # [T, D] fp32; on several ranks this rank's columns of it
     normed: TensorHandle  # [T, D] in the weights' type: x * gain of the next norm
     squares: TensorHandle  # [parts, T] fp32: sums of x^2
+    parts: TensorHandle | None = None  # [ranks, T, columns of a rank], on several ranks: what each adds to x
 
 
 class BatchKernel(PersistentKernel):
@@ -94,8 +102,6 @@ class BatchKernel(PersistentKernel):
 
     def __init__(self, *args, max_batch_size: int, max_tokens_per_step: int, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.world_size > 1:
-            raise NotImplementedError("batches are not supported on several ranks so far; use world_size=1")
         for name, value in (("max_batch_size", max_batch_size), ("max_tokens_per_step", max_tokens_per_step)):
             if not 1 <= value <= MAX_TOKENS_PER_STEP:
                 raise ValueError(f"{name}={value} must be from 1 to {MAX_TOKENS_PER_STEP}")
@@ -125,9 +131,26 @@ class BatchKernel(PersistentKernel):
             self.attach_input(pages, name="page_table"),
         )
 
-    def new_residual(self, hidden_size: int, dtype: torch.dtype, name: str) -> Residual:
-        tokens = self.max_tokens_per_step
+    def new_residual(
+        self, hidden_size: int, dtype: torch.dtype, name: str, reduce_dtype: torch.dtype = torch.float32
+    ) -> Residual:
+        """`reduce_dtype`: of what ranks send each other to be added up."""
+        tokens, ranks = self.max_tokens_per_step, self.world_size
+        if hidden_size % ranks:
+            raise ValueError(
+                f"hidden_size={hidden_size} cannot be shared out among {ranks} ranks; choose a number that divides it"
+            )
+        if ranks > 1:
+            width = hidden_size // ranks
+            return Residual(
+                hidden_size,
+                self.new_tensor((tokens, width), torch.float32, name),
+                self.new_tensor((ranks, tokens * width), dtype, f"{name}.normed", symmetric=True),
+                self.new_tensor((ranks, num_blocks(width) * tokens), torch.float32, f"{name}.squares", symmetric=True),
+                self.new_tensor((ranks, tokens * width), reduce_dtype, f"{name}.parts", symmetric=True),
+            )
         return Residual(
+            hidden_size,
             self.new_tensor((tokens, hidden_size), torch.float32, name),
             self.new_tensor((tokens, hidden_size), dtype, f"{name}.normed"),
             self.new_tensor((min(hidden_size, self.num_workers), tokens), torch.float32, f"{name}.squares"),
@@ -139,6 +162,21 @@ class BatchKernel(PersistentKernel):
         return self.new_tensor(dims, torch.float32, "best_value"), self.new_tensor(dims, torch.int32, "best_index")
 
     # ---- layers ----
+
+    def host_words_layer(
+        self, *, page_size: int, num_pages: int, rings: RingSizes | None = None, label: str = "host words"
+    ) -> BatchState:
+        """What hosts ask for, read at the beginning of a step: the first layer of a graph that advance_layer ends.
+
+        The KV cache has `num_pages` pages for all sequences together. `rings`: how many requests and results may be on
+        their way.
+        """
+        if page_size < 1 or num_pages < 1:
+            raise ValueError(f"page_size={page_size} and num_pages={num_pages} must be at least 1")
+        state = new_state(self, page_size, num_pages, rings)
+        tensors = {"slots": state.slots, "counters": state.counters, "asked": state.asked}
+        self._call(HOST_WORDS, label, None, None, tensors, rings=state.rings, rank=self.rank)
+        return state
 
     def batch_items_layer(
         self, *, plan: StepPlan, num_q_heads: int, num_kv_heads: int, label: str | None = None
@@ -174,9 +212,20 @@ class BatchKernel(PersistentKernel):
         output: Residual,
         label: str | None = None,
         policy: str | None = None,
+        first_row: int = 0,
     ) -> None:
-        """output.x [T, D] = weight[token_ids], weight [V, D]; next_norm [D] is the gain of the norm that comes next."""
-        _check_residual("batch_embed_layer", output, plan, weight.dims[1], next_norm)
+        """output.x [T, D] = weight[token_ids], weight [V, D]; next_norm [D] is the gain of the norm that comes next.
+
+        On several ranks `weight` are the table's rows from `first_row` on; other ranks have the others.
+        """
+        _check_residual("batch_embed_layer", output, weight.dims[1], next_norm)
+        if output.parts:
+            tensors = {
+                "num_tokens": plan.num_tokens, "token_ids": plan.token_ids, "weight": weight, "parts": output.parts
+            }  # fmt: skip
+            self._call(RANK_BATCH_EMBEDDING, label, None, policy, tensors, rank=self.rank, first_row=first_row)
+            self._add_parts(plan, output, next_norm, label, is_first=True)
+            return
         tensors = {
             "num_tokens": plan.num_tokens, "token_ids": plan.token_ids, "weight": weight, "gain": next_norm,
             "output": output.x, "normed": output.normed, "squares": output.squares,
@@ -198,7 +247,7 @@ class BatchKernel(PersistentKernel):
     ) -> None:
         """output [T, N] = weight [N, D] @ rmsnorm(input) + bias [N]."""
         num_rows, hidden_size = matrix_dims("batch_linear_layer", weight)
-        check_dims("batch_linear_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
+        _check_hidden_size("batch_linear_layer", input, hidden_size)
         check_dims("batch_linear_layer", output, "output", (plan.max_tokens, num_rows))
         if bias:
             check_dims("batch_linear_layer", bias, "bias", (num_rows,))
@@ -223,14 +272,32 @@ class BatchKernel(PersistentKernel):
         """residual.x [T, N] += weight [N, K] @ input [T, K] + bias [N]; next_norm [N] as in batch_embed_layer."""
         num_rows, k = matrix_dims("batch_linear_with_residual_layer", weight)
         check_dims("batch_linear_with_residual_layer", input, "input", (plan.max_tokens, k))
-        _check_residual("batch_linear_with_residual_layer", residual, plan, num_rows, next_norm)
+        _check_residual("batch_linear_with_residual_layer", residual, num_rows, next_norm)
         if bias:
             check_dims("batch_linear_with_residual_layer", bias, "bias", (num_rows,))
+        if residual.parts:
+            tensors = {
+                "num_tokens": plan.num_tokens, "input": input, "weight": weight, "bias": bias, "parts": residual.parts
+            }  # fmt: skip
+            self._call(RANK_BATCH_LINEAR, label, None, policy, tensors, rank=self.rank)
+            self._add_parts(plan, residual, next_norm, label)
+            return
         tensors = {
             "num_tokens": plan.num_tokens, "input": input, "weight": weight, "gain": next_norm, "bias": bias,
             "residual": residual.x, "normed": residual.normed, "squares": residual.squares,
         }  # fmt: skip
         self._call(BATCH_LINEAR_RESIDUAL, label, None, policy, tensors)
+
+    def _add_parts(
+        self, plan: StepPlan, residual: Residual, next_norm: TensorHandle, label: str | None, is_first: bool = False
+    ) -> None:
+        """The end of a layer that leaves parts: all ranks together add them to the residual stream."""
+        tensors = {
+            "num_tokens": plan.num_tokens, "parts": residual.parts, "gain": next_norm, "residual": residual.x,
+            "normed": residual.normed, "squares": residual.squares,
+        }  # fmt: skip
+        label = f"{label or len(self.calls)} sum"
+        self._call(RANK_BATCH_RESIDUAL, label, None, None, tensors, rank=self.rank, is_first=is_first)
 
     def batch_gated_linear_layer(
         self,
@@ -248,7 +315,7 @@ class BatchKernel(PersistentKernel):
         """output [T, N] = silu(weight_gate @ x) * (weight_up @ x), x = rmsnorm(input), weights [N, D]."""
         num_rows, hidden_size = matrix_dims("batch_gated_linear_layer", weight_gate)
         check_dims("batch_gated_linear_layer", weight_up, "weight_up", (num_rows, hidden_size))
-        check_dims("batch_gated_linear_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
+        _check_hidden_size("batch_gated_linear_layer", input, hidden_size)
         check_dims("batch_gated_linear_layer", output, "output", (plan.max_tokens, num_rows))
         tensors = {
             "num_tokens": plan.num_tokens, "input": input.normed, "squares": input.squares,
@@ -338,8 +405,11 @@ class BatchKernel(PersistentKernel):
         """logits [S, V] fp32 of sequences with an output token; best value and index [S, tasks], of `new_best`."""
         vocab_size, hidden_size = matrix_dims("batch_lm_head_layer", weight)
         plan = work.plan
-        check_dims("batch_lm_head_layer", input.x, "input.x", (plan.max_tokens, hidden_size))
-        check_dims("batch_lm_head_layer", logits, "logits", (plan.max_sequences, vocab_size))
+        _check_hidden_size("batch_lm_head_layer", input, hidden_size)
+        if logits.dims[0] != plan.max_sequences or logits.dims[1] < vocab_size:
+            raise ValueError(
+                f"batch_lm_head_layer: logits has dims {logits.dims}, expected ({plan.max_sequences}, {vocab_size})"
+            )
         check_dims("batch_lm_head_layer", best[1], "best[1]", best[0].dims)
         self.vocab_size = vocab_size
         tensors = {
@@ -349,47 +419,73 @@ class BatchKernel(PersistentKernel):
         }  # fmt: skip
         self._call(BATCH_LM_HEAD, label, None, policy, tensors, eps=eps)
 
+    def batch_gather_layer(
+        self,
+        *,
+        plan: StepPlan,
+        state: BatchState,
+        best: tuple[TensorHandle, TensorHandle],
+        logits: TensorHandle,
+        first_row: int,
+        num_rows: int,
+        vocab_size: int,
+        label: str = "gather",
+    ) -> tuple[tuple[TensorHandle, TensorHandle], TensorHandle]:
+        """Of what batch_lm_head_layer left on several ranks, all that choosing tokens needs: best value and index
+        [S, ranks], logits [S, V]. They take the place of `best` and `logits`, which are of `num_rows` of `vocab_size`
+        rows from `first_row` on.
+        """
+        dims, most = (self.world_size, self.max_batch_size), -(-vocab_size // self.world_size)
+        all_value = self.new_tensor(dims, torch.float32, "all_best_value", symmetric=True)
+        all_index = self.new_tensor(dims, torch.int32, "all_best_index", symmetric=True)
+        all_logits = self.new_tensor((dims[0], dims[1] * most), torch.float32, "all_logits", symmetric=True)
+        tensors = {
+            "output_token": plan.output_token, "records": state.records, "best_value": best[0], "best_index": best[1],
+            "logits": logits, "all_value": all_value, "all_index": all_index, "all_logits": all_logits,
+        }  # fmt: skip
+        rows = {"rank": self.rank, "first_row": first_row, "num_rows": num_rows, "vocab_size": vocab_size}
+        self._call(RANK_BATCH_GATHER, label, None, None, tensors, **rows)
+        self.vocab_size = vocab_size
+        return (all_value, all_index), all_logits
+
     def advance_layer(
         self,
         *,
         plan: StepPlan,
+        state: BatchState,
         input: tuple[TensorHandle, TensorHandle],
         logits: TensorHandle,
-        page_size: int,
-        num_pages: int,
-        rings: RingSizes | None = None,
         label: str = "advance",
     ) -> None:
         """The end of a step: sequences get their tokens, requests come and go, and the next step gets its plan.
 
-        `input` and `logits` are what batch_lm_head_layer leaves; the KV cache has `num_pages` pages for all sequences
-        together. `rings`: how many requests and results may be on their way. Such a kernel is launched by `serve`.
+        `input` and `logits` are what batch_lm_head_layer leaves, `state` is what host_words_layer returned. Such a
+        kernel is launched by `serve`. On several ranks all do the same, so all must have the same `input` and `logits`,
+        as batch_gather_layer returns them.
         """
         if self.max_tokens_per_step < self.max_batch_size:
             raise ValueError(
                 f"max_tokens_per_step={self.max_tokens_per_step} must be at least max_batch_size="
                 f"{self.max_batch_size}: every sequence that decodes has a token in a step"
             )
-        if page_size < 1 or num_pages < 1:
-            raise ValueError(f"page_size={page_size} and num_pages={num_pages} must be at least 1")
-        vocab_size = logits.dims[1]
-        check_dims("advance_layer", logits, "logits", (self.max_batch_size, vocab_size))
-        check_dims("advance_layer", input[0], "input[0]", (self.max_batch_size, input[0].dims[-1]))
+        vocab_size = self.vocab_size if logits.symmetric else logits.dims[1]
+        if not logits.symmetric:
+            check_dims("advance_layer", logits, "logits", (self.max_batch_size, vocab_size))
+            check_dims("advance_layer", input[0], "input[0]", (self.max_batch_size, input[0].dims[-1]))
         check_dims("advance_layer", input[1], "input[1]", input[0].dims)
-        check_dims(
-            "advance_layer", plan.page_table, "page_table", (self.max_batch_size, -(-self.max_seq_len // page_size))
-        )
+        pages = (self.max_batch_size, -(-self.max_seq_len // state.page_size))
+        check_dims("advance_layer", plan.page_table, "page_table", pages)
         if vocab_size > MAX_VOCAB.value:
             raise NotImplementedError(f"a vocabulary of {vocab_size} is not supported; at most {MAX_VOCAB.value} is")
         self.vocab_size = vocab_size
-        self.step_plan, self.state = plan, new_state(self, page_size, num_pages, rings)
+        self.step_plan, self.state = plan, state
         dims = (self.max_batch_size, score_size(vocab_size))
         marks = torch.zeros(dims, dtype=torch.int8, device=self.device)
         chosen = {
             "chosen": self.attach_input(torch.zeros(dims[0], dtype=torch.int32, device=self.device), name="chosen"),
             "logprobs": self.attach_input(torch.zeros(dims[0], device=self.device), name="logprobs"),
         }
-        state = self.state.tensors()
+        kept = state.tensors()
         sample = {
             "output_token": plan.output_token, "token_positions": plan.token_positions,
             "best_value": input[0], "best_index": input[1], "logits": logits,
@@ -397,11 +493,12 @@ class BatchKernel(PersistentKernel):
             "scores": self.new_tensor(dims, torch.float32, name="scores"),
             "scratch": self.new_tensor((dims[0], NUM_SCRATCH.value), torch.float32, name="sample.scratch"),
             "indices": self.new_tensor((dims[0], NUM_INDICES.value), torch.int32, name="sample.indices"),
-        } | {name: state[name] for name in ("slots", "records", "tokens")}  # fmt: skip
-        self._call(BATCH_SAMPLE, f"{label} sample", None, None, sample | chosen)
-        self._call(
-            ADVANCE, label, None, None, plan.tensors() | state | chosen, rings=self.state.rings, page_size=page_size
-        )
+        } | {name: kept[name] for name in ("slots", "records", "tokens")}  # fmt: skip
+        self._call(BATCH_SAMPLE, f"{label} sample", None, None, sample | chosen, vocab_size=vocab_size)
+        tensors = plan.tensors() | kept | chosen
+        self._call(ADVANCE, label, None, None, tensors, rings=state.rings, page_size=state.page_size)
+        if self.world_size > 1:
+            self._call(RANK_END_STEP, f"{label} end", None, None, {"counters": state.counters})
 
     # ---- launch ----
 
@@ -422,7 +519,11 @@ class BatchKernel(PersistentKernel):
         return self.runtime.launched(LaunchRequest.of_batches())
 
 
-def _check_residual(layer: str, residual: Residual, plan: StepPlan, size: int, next_norm: TensorHandle) -> None:
-    check_dims(layer, residual.x, "residual.x", (plan.max_tokens, size))
-    check_dims(layer, residual.normed, "residual.normed", residual.x.dims)
+def _check_hidden_size(layer: str, residual: Residual, size: int) -> None:
+    if residual.hidden_size != size:
+        raise ValueError(f"{layer}: the residual stream has {residual.hidden_size} columns, expected {size}")
+
+
+def _check_residual(layer: str, residual: Residual, size: int, next_norm: TensorHandle) -> None:
+    _check_hidden_size(layer, residual, size)
     check_dims(layer, next_norm, "next_norm", (size,))

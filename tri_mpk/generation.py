@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tri_mpk.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tri_mpk.distributed import Ranks
 
 MAX_ENDS = 32  # ids that end a text
 DEFAULT_NEW_TOKENS = 20  # transformers' own, when no length is given anywhere
@@ -106,8 +110,11 @@ def resolve(
     attention_mask: torch.Tensor | None,
     generation_config: GenerationConfig | None,
     parameters: dict[str, object],
+    generator: torch.Generator | None = None,
 ) -> GenerationRequest:
     """Precedence as in transformers: the call's parameters, then `generation_config`, then the checkpoint's.
+
+    A seed that is not given is drawn from `generator`; None: torch's default one.
 
     Raises ValueError for bad input and NotImplementedError for parameters that are not supported.
     """
@@ -152,7 +159,8 @@ def resolve(
             f"{len(ends)} ids of eos_token_id and stop_token_ids; at most {MAX_ENDS} are supported"
         )
     return_dict = bool(parameters.get("return_dict_in_generate", config.get("return_dict_in_generate")))
-    return GenerationRequest(prompt, max_length, ends, _sampling(parameters, config, bool(do_sample)), return_dict)
+    sampling = _sampling(parameters, config, bool(do_sample), generator)
+    return GenerationRequest(prompt, max_length, ends, sampling, return_dict)
 
 
 def resolve_batch(
@@ -198,7 +206,21 @@ def resolve_batch(
     return requests, int(pad)
 
 
-def _sampling(parameters: dict[str, object], config: dict[str, object], do_sample: bool) -> Sampling:
+def seed_generator(ranks: Ranks | None) -> torch.Generator | None:
+    """For `resolve`, where all ranks submit the same requests in the same order: they get the same seeds.
+
+    On several ranks a collective call; rank 0's default generator decides. On one it is the default generator, None.
+    """
+    return None if ranks is None else torch.Generator().manual_seed(ranks.meet("seeds", _draw_seed(None))[0])
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return int(torch.randint((1 << 63) - 1, (), generator=generator))
+
+
+def _sampling(
+    parameters: dict[str, object], config: dict[str, object], do_sample: bool, generator: torch.Generator | None
+) -> Sampling:
     """Parameters of sampling are looked at only when sampling, as in transformers."""
     given = {name: parameters.get(name, config.get(name, default)) for name, default in SAMPLING.items()}
     given = {name: value for name, value in given.items() if value is not None}
@@ -209,7 +231,7 @@ def _sampling(parameters: dict[str, object], config: dict[str, object], do_sampl
         raise ValueError("output_logprobs=True needs return_dict_in_generate=True, or there is no place for them")
     seed = parameters.get("seed") if do_sample else 0
     if seed is None:
-        seed = int(torch.randint((1 << 63) - 1, ()))
+        seed = _draw_seed(generator)
     return Sampling(do_sample, seed=seed, logprobs=bool(logprobs), **given)
 
 

@@ -45,6 +45,7 @@ TIMED = {
     "wait": timing.timed_wait,
     "signal": timing.timed_signal,
     "wait_for_ranks": rank_timing.timed_wait_for_ranks,
+    "wait_for_any": rank_timing.timed_wait_for_any,
     "signal_ranks": rank_timing.timed_signal_ranks,
 }
 RELEASING = {"signal": ready.signal_and_release}  # likewise in a kernel with pools
@@ -107,6 +108,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
     ranks = []
     if constants.ranks > 1:
         roots.append(peers.wait_counter_of_ranks)
+    if constants.ranks > 1 or any(p.name == "RANKS" for v in variants for p in v.op.tile.params):
         ranks.append(f"RANKS = tl.constexpr({constants.ranks})  # run this kernel in step, each on its shard")
     lines = [
         '"""A persistent decode kernel made by tri_mpk. Launch `megakernel` cooperatively, one program per worker.',
@@ -295,7 +297,8 @@ def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
-                constants[node.id] = (_home(module, node.id), node.id)
+                home = _home(module, node.id)
+                assert constants.setdefault(node.id, (home, node.id))[0] is home, f"two constants are called {node.id}"
         functions[fn.__name__] = fn
 
     for root in roots:

@@ -85,14 +85,14 @@ def from_pretrained(
         "max_batch_size": max_batch_size, "max_tokens_per_step": max_tokens_per_step, "num_pages": num_pages,
         "page_size": page_size,
     }  # fmt: skip
-    batching = resolve_batching(Batching(**of_batches), world_size)
+    batching = Batching(**of_batches)
     others = {
         "max_seq_len": max_seq_len, "num_workers": num_workers, "wait_bound_s": wait_bound_s, "tuning": tuning,
         "policy": policy, "progress": progress, "profile": profile, "reduce_dtype": reduce_dtype,
     }  # fmt: skip
     if world_size > 1:
         shard = Shard(config, rank, world_size)
-        check_memory(shard.local_config(), describe(config, max_seq_len), dtype, device, max_seq_len)
+        check_memory(shard.local_config(), describe(config, max_seq_len), dtype, device, max_seq_len, batching)
         try:
             model = read_shard(name_or_path, shard, dtype, device, **hub)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -157,7 +157,7 @@ def from_model(
     dtype = resolve_dtype(dtype or (model.dtype if device.type != "cpu" else None), device, model.config)
     max_seq_len = resolve_max_seq_len(max_seq_len, model.config)
     describe(model.config, max_seq_len)
-    batching = resolve_batching(Batching(max_batch_size, max_tokens_per_step, num_pages, page_size), world_size)
+    batching = Batching(max_batch_size, max_tokens_per_step, num_pages, page_size)
     shard = None
     if world_size > 1:
         shard = Shard(model.config, rank, world_size)
@@ -228,7 +228,7 @@ def from_config(
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
     shard = Shard(config, rank, world_size) if world_size > 1 else None
     local = config if shard is None else shard.local_config()
-    batching = resolve_batching(Batching(max_batch_size, max_tokens_per_step, num_pages, page_size), world_size)
+    batching = Batching(max_batch_size, max_tokens_per_step, num_pages, page_size)
     check_memory(local, describe(local, max_seq_len), dtype, device, max_seq_len, batching)
     model = random_model(config, seed, dtype, device) if shard is None else random_shard(shard, seed, dtype, device)
     return _from_local(
@@ -310,14 +310,6 @@ def resolve_max_seq_len(max_seq_len: int | None, config: PreTrainedConfig) -> in
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 2: a prompt token and a new one")
     return max_seq_len
-
-
-def resolve_batching(batching: Batching, world_size: int) -> Batching:
-    if world_size > 1 and not batching.is_one:
-        raise NotImplementedError(
-            f"max_batch_size={batching.max_batch_size} is not supported on {world_size} ranks so far; use one rank"
-        )
-    return batching
 
 
 def memory_bytes(

@@ -17,7 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.batching import PAGE_SIZE, Batching
 from tri_mpk.distributed import Ranks, connect
-from tri_mpk.generation import GenerateOutput, check_input_ids, resolve, resolve_batch
+from tri_mpk.generation import (
+    GenerateOutput,
+    GenerationRequest,
+    check_input_ids,
+    resolve,
+    resolve_batch,
+    seed_generator,
+)
 from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
 from tri_mpk.models.batch_decoder import build_batch
@@ -83,20 +90,27 @@ class CausalLM:
             self.kernel = PersistentKernel(world_size, rank, **options)
             build(self.kernel, self.shape, model, PAGE_SIZE, progress, shard, reduce_dtype)
         else:
-            self.kernel = self._build_batch(model, BatchKernel(
+            kernel = BatchKernel(
                 world_size, rank, max_batch_size=batching.max_batch_size,
                 max_tokens_per_step=batching.max_tokens_per_step, **options,
-            ))  # fmt: skip
+            )  # fmt: skip
+            self.kernel = self._build_batch(model, kernel, reduce_dtype)
         self._serving: Engine | None = None
         self._lock = threading.Lock()  # one launch at a time
 
-    def _build_batch(self, model: nn.Module, kernel: BatchKernel) -> BatchKernel:
+    def _build_batch(self, model: nn.Module, kernel: BatchKernel, reduce_dtype: torch.dtype) -> BatchKernel:
         num_pages, page_size = self.batching.pages(self.max_seq_len), self.batching.page_size
-        output = build_batch(kernel, self.shape, model, page_size, self.progress, num_pages)
-        best = output.best_value, output.best_index
-        kernel.advance_layer(
-            plan=output.plan, input=best, logits=output.logits, page_size=page_size, num_pages=num_pages
-        )
+        state = kernel.host_words_layer(page_size=page_size, num_pages=num_pages)
+        output = build_batch(
+            kernel, self.shape, model, page_size, self.progress, num_pages, self.shard, reduce_dtype
+        )  # fmt: skip
+        best, logits = (output.best_value, output.best_index), output.logits
+        if (shard := self.shard) is not None:
+            best, logits = kernel.batch_gather_layer(
+                plan=output.plan, state=state, best=best, logits=logits, first_row=shard.first_row,
+                num_rows=shard.num_rows, vocab_size=shard.config.vocab_size,
+            )  # fmt: skip
+        kernel.advance_layer(plan=output.plan, state=state, input=best, logits=logits)
         return kernel
 
     def compile(self) -> None:
@@ -155,11 +169,7 @@ class CausalLM:
             generation_config=generation_config,
             parameters=parameters,
         )
-        if self.ranks is not None:
-            draws = request.sampling.do_sample and parameters.get("seed") is None
-            drawn = self.ranks.meet("a launch", request.sampling.seed if draws else None)
-            if draws and drawn[0] is not None:  # else the launch finds that they differ
-                request = replace(request, sampling=replace(request.sampling, seed=drawn[0]))
+        (request,) = self._with_seeds_of_rank_0([request], parameters)
         length = len(request.prompt)
         launch = LaunchRequest(
             length, request.max_length - 2, request.eos_token_ids, length - 1, sampling=request.sampling
@@ -188,6 +198,22 @@ class CausalLM:
             return sequences
         return GenerateOutput(sequences=sequences, logprobs=None if logprobs is None else logprobs[None].to(device))
 
+    def _with_seeds_of_rank_0(
+        self, requests: list[GenerationRequest], parameters: dict[str, object]
+    ) -> list[GenerationRequest]:
+        """Seeds that were drawn count from the first one of rank 0."""
+        if self.ranks is None:
+            return requests
+        seed = requests[0].sampling.seed
+        draws = requests[0].sampling.do_sample and parameters.get("seed") is None
+        drawn = self.ranks.meet("a launch", seed if draws else None)[0]
+        if not draws or drawn is None:  # the launch finds that they differ
+            return requests
+        return [
+            replace(request, sampling=replace(request.sampling, seed=(drawn + i) % (1 << 64)))
+            for i, request in enumerate(requests)
+        ]
+
     def _generate_batch(
         self,
         input_ids: torch.Tensor | Sequence[Sequence[int]],
@@ -196,6 +222,7 @@ class CausalLM:
         streamer: BaseStreamer | None,
         parameters: dict[str, object],
     ) -> torch.Tensor | GenerateOutput:
+        self._check_not_serving()
         requests, pad = resolve_batch(
             input_ids,
             self.generation_config,
@@ -209,6 +236,7 @@ class CausalLM:
             raise ValueError(f"a streamer is for one prompt, got {len(requests)}; leave it out, or use model.serve()")
         for request in requests:
             check_pages(request, self.kernel.state)
+        requests = self._with_seeds_of_rank_0(requests, parameters)
         with self._serve(max_waiting=len(requests)) as engine:
             streams = [engine.enqueue(request) for request in requests]
             engine.finish()
@@ -235,19 +263,21 @@ class CausalLM:
         """Starts the kernel, which takes requests until the engine is closed; use it in a `with` statement.
 
         Needs a model loaded with max_batch_size > 1, which does nothing else meanwhile. `max_waiting`: so many requests
-        may wait on the host. See tri_mpk/serving.py and docs/serving.md.
+        may wait on the host. See tri_mpk/serving.py and docs/serving.md. On several ranks a collective call.
         """
         if self.batching.is_one:
             raise ValueError("the model was loaded for one sequence at a time; load it with max_batch_size=8, say")
-        self._serving = self._serve(max_waiting)
+        self._check_not_serving()
+        self._serving = self._serve(max_waiting, seed_generator(self.ranks))
         return self._serving
 
-    def _serve(self, max_waiting: int) -> Engine:
-        self._check_not_serving()
+    def _serve(self, max_waiting: int, generator: torch.Generator | None = None) -> Engine:
         self._lock.acquire()
         try:
             self.compile()
-            return Engine(self.kernel, self.generation_config, self.config.vocab_size, max_waiting, self._lock.release)
+            return Engine(
+                self.kernel, self.generation_config, self.config.vocab_size, max_waiting, self._lock.release, generator
+            )
         except BaseException:
             self._lock.release()
             raise

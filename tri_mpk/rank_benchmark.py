@@ -6,7 +6,9 @@ Every rank runs the same launches; rank 0 measures the time of its own, which en
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,20 +17,35 @@ from tqdm.auto import tqdm
 
 from tri_mpk.account import RANK_EDITS, account, edited
 from tri_mpk.baseline import copy_bandwidth_gbps
+from tri_mpk.batch_benchmark import (
+    DEFAULT_BATCHES,
+    DEFAULT_CONTEXT,
+    DEFAULT_PROMPT,
+    check_batches,
+    empty_step_ms,
+    first_token_ms,
+    measure_decode,
+    pages_of,
+    round_up,
+    row_of,
+)
 from tri_mpk.benchmark import (
     CHECKED_CONTEXTS,
     DEFAULT_CONTEXTS,
     SEED,
+    WARMUP,
     Subject,
     bench_device,
     check_numbers,
     compare_logits,
     compile_seconds,
+    environment,
     fill_cache,
     free_memory,
     logits_at,
     measure,
     median_ms,
+    quantiles,
     random_caches,
     references,
 )
@@ -97,6 +114,69 @@ def run_rank_bench(
             for entry in account(model, partial(median_ms, model, context, num_tokens, launches))
         ]
     del subject, model
+    free_memory()
+    return report
+
+
+def run_rank_batches(
+    geometry_name: str,
+    batches: Sequence[int] = DEFAULT_BATCHES,
+    context: int = DEFAULT_CONTEXT,
+    *,
+    num_steps: int = 32,
+    launches: int = 10,
+    tokens_per_step: int = 256,
+    prompt: int = DEFAULT_PROMPT,
+    reduce_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """ms per step of many sequences, and the time to first token of a prompt alone, on the ranks of torchrun.
+
+    As `run_batch_bench`, without what it measures for comparison; the same report on all ranks.
+    """
+    config = geometry(geometry_name)
+    name = next(known for known in GEOMETRIES if known.lower() == geometry_name.lower())
+    check_batches(batches, context, num_steps, launches, prompt)
+    device = bench_device(rank_device())
+    rank, world_size = world()
+    free_memory()
+    slots, longest = max(2, *batches), max(context + num_steps, prompt + 1)
+    max_seq_len = round_up(longest, PAGE_SIZE)
+    num_pages = max(pages_of([context] * max(batches), num_steps, PAGE_SIZE), max_seq_len // PAGE_SIZE)
+    copy_gbps = copy_bandwidth_gbps(device)
+    batching = {"max_batch_size": slots, "max_tokens_per_step": tokens_per_step, "num_pages": num_pages}
+    model = from_config(
+        config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=progress and rank == 0,
+        reduce_dtype=reduce_dtype, **batching,
+    )  # fmt: skip
+    start = time.perf_counter()
+    model.compile()
+    compile_s = time.perf_counter() - start
+    rows = []
+    for batch in batches:
+        fill_cache(model)
+        times = measure_decode(model, [context] * batch, num_steps, launches)
+        rows.append(row_of(model, batch, context, times, copy_gbps, None))
+        if progress and rank == 0:
+            tqdm.write(f"{name}, {world_size} ranks: batch {batch}: {times['ms_p50']:.3f} ms per step", file=sys.stderr)
+    report = {
+        "geometry": name,
+        **environment(device, world_size),
+        "settings": {
+            "context": context, "num_steps": num_steps, "launches": launches, "warmup": WARMUP, "seed": SEED,
+            "dtype": str(model.dtype).removeprefix("torch."), "max_seq_len": max_seq_len, **asdict(model.batching),
+            "num_workers": model.kernel.num_workers, "tensor_parallel": world_size,
+            "reduce_dtype": str(reduce_dtype).removeprefix("torch."),
+        },
+        "copy_gbps": copy_gbps, "plan_and_compile_s": compile_s, "empty_step_ms": empty_step_ms(model),
+        "rows": rows, "launches": model.kernel.runtime.num_launches, "failures": [],
+    }  # fmt: skip
+    if prompt:
+        generator = torch.Generator().manual_seed(SEED)
+        prompts = torch.randint(model.config.vocab_size, (WARMUP + max(2, launches // 2), prompt), generator=generator)
+        with model.serve() as engine:
+            report["prompt_ms"] = quantiles([first_token_ms(engine, ids) for ids in prompts][WARMUP:])
+    del model
     free_memory()
     return report
 

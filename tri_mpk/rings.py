@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from tri_mpk.ops import rings as words
 from tri_mpk.ops.advance import RingSizes
 
 HOST_STOP, HOST_REQUESTS = words.HOST_STOP.value, words.HOST_REQUESTS.value
-HOST_RESULTS, HOST_CANCELS = words.HOST_RESULTS.value, words.HOST_CANCELS.value
+HOST_RESULTS = words.HOST_RESULTS.value
 KERNEL_REQUESTS, KERNEL_RESULTS = words.KERNEL_REQUESTS.value, words.KERNEL_RESULTS.value
 STOP_NOW, STOP_WHEN_DONE = words.STOP_NOW.value, words.STOP_WHEN_DONE.value
 REASONS = {
@@ -30,6 +31,12 @@ class Result:
     reason: str | None  # why it is the last one of its request; None: it is not
 
 
+def fingerprint(record: np.ndarray, prompt: np.ndarray) -> int:
+    """63 bits of prompt and parameters, above 0."""
+    digest = hashlib.blake2b(record.tobytes() + prompt.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
+
+
 class HostRings:
     """The rings of one launch, in its mailbox, which must be zero."""
 
@@ -40,7 +47,7 @@ class HostRings:
         self.results = mailbox[sizes.results_at : sizes.prompts_at].reshape(sizes.results, -1)
         self.prompts = mailbox[sizes.prompts_at : sizes.num_words]
         self.free_tickets = deque(range(sizes.tickets))
-        self.num_requests = self.num_taken = self.num_cancels = 0
+        self.num_requests = self.num_taken = 0
         self.prompts_end = 0  # tokens of prompts handed over so far
         self.prompt_begins: deque[int] = deque()  # of requests that the kernel has not taken in yet
 
@@ -60,7 +67,6 @@ class HostRings:
         self.prompts[at : at + head] = prompt[:head]
         self.prompts[: length - head] = prompt[head:]
         record = np.zeros(words.RECORD.value, dtype=np.int64)
-        record[words.RECORD_PROMPT.value] = at
         record[words.RECORD_PROMPT_LENGTH.value] = length
         record[words.RECORD_MAX_LENGTH.value] = request.max_length
         record[words.RECORD_NUM_ENDS.value] = len(request.eos_token_ids)
@@ -68,6 +74,8 @@ class HostRings:
         record[words.RECORD_CHOICE.value : words.RECORD_CHOICE.value + len(choice)] = choice
         ends = words.RECORD_ENDS.value
         record[ends : ends + len(request.eos_token_ids)] = request.eos_token_ids
+        record[words.RECORD_FINGERPRINT.value] = fingerprint(record, prompt)
+        record[words.RECORD_PROMPT.value] = at  # which a fingerprint does not know
         self.records[ticket] = record
         self.tickets[self.num_requests & (self.sizes.tickets - 1)] = ticket
         self.prompt_begins.append(self.prompts_end)
@@ -79,8 +87,6 @@ class HostRings:
     def cancel(self, ticket: int) -> None:
         """The request that holds this ticket ends as soon as the kernel looks."""
         self.records[ticket, words.RECORD_CANCEL.value] = 1
-        self.num_cancels += 1
-        self.mailbox[HOST_CANCELS] = self.num_cancels
 
     def take(self) -> list[Result]:
         """All results so far. The ticket of a request that has ended is free then."""

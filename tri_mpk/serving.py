@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.batch_state import BatchState
-from tri_mpk.errors import EngineClosedError, EngineFullError
+from tri_mpk.errors import EngineClosedError, EngineFullError, RankError
 from tri_mpk.generation import GenerationRequest, resolve
 from tri_mpk.ops import advance
 from tri_mpk.rings import HostRings
@@ -143,7 +143,12 @@ class Statistics:
 class Engine:
     """A running kernel and the requests in it. Made by `model.serve`; all methods may be called from any thread.
 
+    On several ranks all make an engine, submit the same requests in the same order, and close it. A cancel, or a
+    `close(cancel=True)`, on one of them is enough.
+
     max_waiting: so many requests may wait on the host, beside those that the kernel knows; `submit` then waits.
+    generator: where `submit` gets seeds from that are not given; None: torch's default one. It must draw the same on
+        all ranks.
     """
 
     def __init__(
@@ -153,18 +158,20 @@ class Engine:
         vocab_size: int,
         max_waiting: int = MAX_WAITING,
         at_end: Callable[[], None] = lambda: None,
+        generator: torch.Generator | None = None,
     ):
         if max_waiting < 1:
             raise ValueError(f"max_waiting={max_waiting} must be at least 1")
         self.kernel = kernel
         self.generation_config, self.vocab_size, self.max_waiting = generation_config, vocab_size, max_waiting
-        self.state = kernel.state
+        self.state, self.generator = kernel.state, generator
         self.statistics: Statistics | None = None  # of the launch, when it has ended
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Stream] = deque()
         self._running: dict[int, Stream] = {}  # by ticket
         self._cancelled: list[Stream] = []
+        self._has_started = threading.Event()
         self._is_closed = self._is_cancelled = False
         self._error: BaseException | None = None
         self._error_was_seen = False
@@ -173,6 +180,7 @@ class Engine:
         kernel.runtime.settle()
         self._thread = threading.Thread(target=self._serve, name="tri_mpk engine", daemon=True)
         self._thread.start()
+        self._has_started.wait()  # ranks have met for the launch, and may meet for other things
         self._exit = _close_at_exit(weakref.ref(self))
 
     # ---- for users ----
@@ -202,6 +210,7 @@ class Engine:
             attention_mask=None,
             generation_config=generation_config,
             parameters=parameters,
+            generator=self.generator,
         )
         return self.enqueue(request, timeout)
 
@@ -261,13 +270,16 @@ class Engine:
         error = rings = None
         try:
             with self.kernel.serve():
+                self._has_started.set()
                 rings = HostRings(self.kernel.runtime.mailbox.numpy(), self.state.rings)
                 while not self.kernel.runtime.finished():
                     if not self._move(rings):
                         time.sleep(IDLE_S)
             self.statistics = self._read_statistics()
+            self._check_mismatch()
         except BaseException as failure:
             error = failure
+        self._has_started.set()
         if rings is not None:
             self._deliver(rings)
         self._end(error)
@@ -324,6 +336,15 @@ class Engine:
         for stream in left:
             stream._put(None, 0.0, "cancelled" if error is None else "error", error)
         self._at_end()
+
+    def _check_mismatch(self) -> None:
+        """Raises RankError if the launch has ended because ranks were given different requests."""
+        if mismatch := int(self.state.counters.data[advance.MISMATCH.value]):
+            raise RankError(
+                [],
+                f"submitted other requests: number {mismatch - 1}, from 0, is not the same on all ranks, or not there;"
+                " every rank must run the same script, with the same seeds",
+            )
 
     def _read_statistics(self) -> Statistics:
         counters = self.state.counters.data.tolist()

@@ -93,7 +93,7 @@ class _Names:
 
     def task(self, task: int) -> str:
         where = f"worker {self.worker_of[task]}" if task in self.worker_of else "any worker"
-        if self.program.graph.tasks[task].to_all_ranks:
+        if self.program.graph.tasks[task].is_far:
             where += " of some rank"
         return f"{self.program.graph.task_name(task)} ({where})"
 

@@ -70,6 +70,50 @@ def test_fp32_without_rings_equals_transformers():
     assert results[0]["residual"] == results[1]["residual"]
 
 
+@pytest.mark.parametrize("name", ["llama", "Qwen3-0.6B"])
+def test_batches_are_as_close_to_fp32_as_bf16(name):
+    results = run_ranks(2, "batch_accuracy", timeout=200, name=json.dumps(SMALL[name]) if name in SMALL else name)
+    for kind in ("tokens", "bits"):
+        values = [value for result in results for value in result[kind]]
+        assert all(value == values[0] for value in values), f"{kind} differ between ranks or runs"
+    for (l2, kl), (l2_bf16, kl_bf16) in zip(results[0]["ours"], results[0]["bf16"], strict=True):
+        assert l2 <= l2_bf16 and kl <= kl_bf16, results[0]
+
+
+def test_batches_in_fp32_equal_transformers():
+    """More prompts than slots, chunks beside sequences that decode."""
+    parameters = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 97}
+    results = run_ranks(2, "batch", lengths=[2, 11, 1, 4], on_gpu=True, **parameters)
+    for result in results:
+        assert all(tokens == result["expected"] for tokens in result["tokens"])
+    assert results[0]["bits"] == results[1]["bits"]
+
+
+@pytest.mark.parametrize("cancelling", [0, 1])
+def test_requests_are_served_by_two_gpus(cancelling):
+    long = {"max_seq_len": 32768, "max_position_embeddings": 32768}  # so that a cancel comes in time
+    results = run_ranks(2, "serve_batch", requests=REQUESTS, cancelling=cancelling, on_gpu=True, **long)
+    assert results[0]["reason"] == results[1]["reason"] == "cancelled"
+    for what in ("tokens", "logprobs", "drawn", "long", "bits"):
+        assert results[0][what] == results[1][what], what
+
+
+def test_different_requests_are_an_error():
+    for result in run_ranks(2, "different_requests", what="a prompt", on_gpu=True):
+        assert "number 1, from 0" in result["text"] and result["equal"], result
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other_while_it_serves(victim):
+    with RankProcesses(2, "serve_and_hang", bound_s=1.0, on_gpu=True) as ranks:
+        pids = [ranks.next(rank)["pids"] for rank in range(2)]
+        assert [ranks.next(rank) for rank in range(2)] == ["idle"] * 2
+        for pid in pids[victim]:
+            os.kill(pid, signal.SIGKILL)
+        result = ranks.last(1 - victim, 60)
+    assert result["error"] == "MegakernelTimeout" and result["silent_ranks"] == [victim], result
+
+
 @pytest.mark.parametrize("stopping", [0, 1])
 def test_a_stop_on_one_rank_ends_all_after_the_same_step(stopping):
     results = run_ranks(2, "stop_on_one_rank", stopping=stopping, on_gpu=True, max_seq_len=512)

@@ -35,6 +35,20 @@ def test_equal_beginnings_share_pages():
     assert "shared" in run("alike")
 
 
+def test_ranks_do_the_same_whenever_their_hosts_write():
+    assert run("ranks").count("preempted") == 2
+
+
+@pytest.mark.parametrize("case", ["differ", "stop"])
+def test_hosts_that_want_different_things(case):
+    run(case)
+
+
+@pytest.mark.parametrize("case", ["look", "order"])
+def test_words_of_a_host(case):
+    run(case)
+
+
 @pytest.mark.slow
 def test_many_launches():
     assert run("random", 60).count("preempted") >= 60

@@ -22,7 +22,15 @@ def rank_graph(num_ranks: int = 2, size: int = 2) -> TaskGraph:
     return TaskGraph(tensors=tensors | {name: TensorInfo((1, size), False) for name in "xy"})
 
 
-def add(graph: TaskGraph, op: str, reads=(), writes=(), pushes=(), to_all_ranks: bool | None = None) -> None:
+def add(
+    graph: TaskGraph,
+    op: str,
+    reads=(),
+    writes=(),
+    pushes=(),
+    to_all_ranks: bool | None = None,
+    ahead: int | None = None,
+) -> None:
     """A task on elements 0:2 of these tensors; of symmetric ones it reads the rows of all ranks."""
     graph.ops.append(op)
 
@@ -39,7 +47,8 @@ def add(graph: TaskGraph, op: str, reads=(), writes=(), pushes=(), to_all_ranks:
             tuple(regions(writes)),
             1,
             pushes=tuple(Region(name, ((0, graph.tensors[name].dims[1]),)) for name in pushes),
-            to_all_ranks=bool(pushes) if to_all_ranks is None else to_all_ranks,
+            to_all_ranks=bool(pushes) and ahead is None if to_all_ranks is None else to_all_ranks,
+            ahead=ahead,
         )
     )
 
@@ -83,6 +92,48 @@ def test_brute_force_agrees_that_they_are_safe():
     assert not explore(*join(graph, events, queues, 2)).faults
 
 
+def scattered_layers(num_ranks: int = 2) -> TaskGraph:
+    """As a decoder of many tokens: parts go to the rank that adds them up, sums to all ranks."""
+    graph = rank_graph(num_ranks)
+    for op in ("embed", "down"):
+        for ahead in range(num_ranks):
+            add(graph, f"{op} {ahead}", reads="x" if op == "down" else "", pushes="s", ahead=ahead)
+        add(graph, "sum", reads="s", pushes="t")
+        add(graph, "up", reads="t", writes="x")
+    add(graph, "end", reads="x", to_all_ranks=True)
+    return graph
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_parts_for_one_rank_are_heard_of_once(num_ranks):
+    graph = scattered_layers(num_ranks)
+    events = derive_rank_events(graph, num_ranks)
+    verify_ranks(graph, events, schedule(graph, events, 2), num_ranks)
+    for task, name in enumerate(graph.ops):
+        if name == "sum":
+            assert events.events[events.wait[task]].count == num_ranks and waits_for_ranks(graph, events, task)
+    assert events.totals() == {index: event.count for index, event in enumerate(events.events)}
+
+
+def test_brute_force_agrees_on_parts_for_one_rank():
+    graph = scattered_layers()
+    events = derive_rank_events(graph, 2)
+    queues = schedule(graph, events, 1)
+    assert not explore(*join(graph, events, queues, 2)).faults
+
+
+@pytest.mark.parametrize("fault", ["the same rank twice", "parts too early"])
+def test_parts_that_go_astray(fault):
+    graph = scattered_layers()
+    if fault == "the same rank twice":
+        graph.tasks[1].ahead = 0
+    else:
+        graph.tasks[2].to_all_ranks = False  # the next parts come while another rank adds up the last ones
+    events = derive_rank_events(graph, 2)
+    with pytest.raises(ScheduleError):
+        verify_ranks(graph, events, schedule(graph, events, 1), 2)
+
+
 def test_one_buffer_is_a_race():
     """A fast rank pushes the next part while a slow one still reads the last: nothing makes it wait for that rank."""
     graph = rank_graph()
@@ -122,7 +173,9 @@ def random_rank_graph(rng: random.Random) -> TaskGraph:
             "writes": rng.sample("xy", rng.randint(0, 1)),
             "pushes": rng.sample(SYMMETRIC, rng.randint(0, 1)),
         }
-        add(graph, f"op{i}", **kinds, to_all_ranks=bool(kinds["pushes"]) or rng.random() < 0.2)
+        ahead = rng.choice([None, None, 0, 1]) if kinds["pushes"] else None
+        add(graph, f"op{i}", **kinds, to_all_ranks=ahead is None and (bool(kinds["pushes"]) or rng.random() < 0.2))
+        graph.tasks[-1].ahead = ahead
     add(graph, "last", reads="xyst", writes="xy", to_all_ranks=True)
     return graph
 

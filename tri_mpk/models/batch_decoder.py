@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from tri_mpk.batch_kernel import BatchKernel, StepPlan
 from tri_mpk.models.decoder import DecoderShape, pack_rows, rotary_tables
 from tri_mpk.ops.op import TensorHandle
+from tri_mpk.sharding import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,13 @@ def build_batch(
     page_size: int,
     progress: bool,
     num_pages: int | None = None,
+    shard: Shard | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> BatchOutput:
     """Adds the decoder `model` (a transformers causal LM) to the graph. The caller adds the ops that end the step.
 
     `num_pages`: of the KV cache of a layer, for all sequences together; None: enough for all to be of full length.
+    On several ranks `model` is this rank's part, the `shard`; what ranks add to the residual is in `reduce_dtype`.
     """
     dtype = model.model.embed_tokens.weight.dtype
     device, tokens = mpk.device, mpk.max_tokens_per_step
@@ -56,11 +60,12 @@ def build_batch(
     layers = model.model.layers
     norms = [(attach(x.input_layernorm.weight, f"L{i:02d}.input_norm")) for i, x in enumerate(layers)]
     norms.append(attach(model.model.norm.weight, "norm"))
-    x = mpk.new_residual(shape.hidden_size, dtype, name="x")
+    x = mpk.new_residual(shape.hidden_size, dtype, name="x", reduce_dtype=reduce_dtype)
     work = mpk.batch_items_layer(
         plan=plan, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads, label="items"
     )
-    mpk.batch_embed_layer(plan=plan, weight=embedding, next_norm=norms[0], output=x, label="embed")
+    first_row = 0 if shard is None else shard.first_row
+    mpk.batch_embed_layer(plan=plan, weight=embedding, next_norm=norms[0], output=x, label="embed", first_row=first_row)
     # One of each for all layers: rewritten every few microseconds, they stay in the L2 cache.
     qkv = mpk.new_tensor((tokens, qkv_size), dtype, name="qkv")
     q = mpk.new_tensor((tokens, shape.num_q_heads, shape.head_dim), dtype, name="q")
@@ -126,7 +131,9 @@ def build_batch(
             label=f"{name} down_proj",
         )
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    logits = mpk.new_tensor((mpk.max_batch_size, shape.vocab_size), torch.float32, name="logits")
+    vocab_size = shape.vocab_size if shard is None else shard.config.vocab_size
+    most_rows = -(-vocab_size // mpk.world_size)  # of the vocabulary, on any rank
+    logits = mpk.new_tensor((mpk.max_batch_size, most_rows), torch.float32, name="logits")
     best = mpk.new_best()
     mpk.batch_lm_head_layer(
         work=work,

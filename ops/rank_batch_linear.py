@@ -1,0 +1,131 @@
+"""A matrix whose columns are shared out, of many tokens: this rank's part of y = W @ h (+ bias).
+
+num tokens [1] read | h [T, K of this rank] read | W [N, K of this rank] read | bias [N] read
+parts [ranks, T, N / ranks] pushed
+Each rank adds up N / ranks columns of y (rank_batch_residual.py), so each part goes to one rank: a reduce-scatter, the
+first half of an all-reduce. One task = consecutive rows of W that are columns of one rank, of all tokens. A bias
+belongs to one rank; the others have zeros. Source: arXiv:1909.08053, figure 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from tri_mpk.ops.batch_gemm import SOME, for_all_tokens, halves, multiply_rows, prefetch_rows
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.scheduler.device import wait
+from tri_mpk.scheduler.graph import Region, Task
+from tri_mpk.scheduler.peers import at_peer, signal_ranks
+
+
+@triton.jit
+def finish_parts(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
+    parts_ptr, bias_ptr, token = args
+    WIDTH: tl.constexpr = CONSTANTS[0]
+    HAS_BIAS: tl.constexpr = CONSTANTS[2]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    at = parts_ptr + token[None, :] * WIDTH + row[:, None]
+    tl.store(at, y.to(parts_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    return state
+
+
+@triton.jit(noinline=True)
+def parts_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
+    row0, num_rows, h_ptr, weight_ptr, bias_ptr, parts_ptr = args
+    K: tl.constexpr = CONSTANTS[1]
+    HALVES: tl.constexpr = CONSTANTS[3]
+    token = first + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    multiply_rows(
+        row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, (), (parts_ptr, bias_ptr, token),
+        finish_parts, CONSTANTS, K, False, HALVES, TOKENS,
+    )  # fmt: skip
+
+
+@triton.jit
+def rank_batch_linear_tile(
+    task, event_ptr, control_ptr, epoch,
+    num_tokens_ptr, h_ptr, weight_ptr, bias_ptr, parts_ptr,  # in, in, in, in, out
+    place, row0, num_rows,
+    WIDTH: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr,
+    SIZE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    num_tokens = tl.load(num_tokens_ptr)
+    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
+    wait(task, event_ptr, control_ptr, epoch, PORTABLE)
+    for_all_tokens(
+        num_tokens,
+        (row0, num_rows, h_ptr, weight_ptr, bias_ptr, at_peer(task, parts_ptr + place, 0, SIZE, PORTABLE)),
+        parts_of_tokens, (WIDTH, K, HAS_BIAS, HALVES), MAX_TOKENS, SOME,
+    )  # fmt: skip
+    signal_ranks(task, event_ptr, 1, PORTABLE)
+
+
+def shares(rank: int, parts: TensorHandle, width: int, num_tasks: int) -> Iterator[tuple[int, int, int, dict, Region]]:
+    """How tasks share out the columns that ranks add up, `width` each.
+
+    Of each task: how far ahead the rank is that adds up its columns, which they are, the field `place` (where in
+    `parts` column 0 of token 0 would be on that rank), and what the task pushes.
+    """
+    num_ranks, size = parts.dims
+    num_tasks = max(num_tasks, num_ranks)
+    for ahead, (begin, end) in enumerate(even_ranges(num_tasks, num_ranks)):
+        first = (rank + ahead) % num_ranks * width
+        for lo, hi in even_ranges(width, min(width, end - begin)):
+            place = {"place": rank * size - first}
+            yield ahead, first + lo, first + hi, place, Region(parts.name, ((lo, hi),))
+
+
+def cut_rank_batch_linear(
+    machine: Machine,
+    *,
+    num_tokens: TensorHandle,
+    input: TensorHandle,
+    weight: TensorHandle,
+    parts: TensorHandle,
+    rank: int,
+    bias: TensorHandle | None = None,
+    grid_dim: int | None = None,
+) -> Cut:
+    (num_rows, k), num_ranks = weight.dims, parts.dims[0]
+    width, max_tokens = num_rows // num_ranks, input.dims[0]
+    each = list(shares(rank, parts, width, grid_dim or machine.num_workers))
+    cut = Cut(
+        {
+            "WIDTH": width, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens,
+            "HALVES": halves(max(hi - lo for _, lo, hi, _, _ in each)), "SIZE": parts.dtype.itemsize,
+        },
+        {
+            "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or input,
+            "parts_ptr": parts,
+        },
+    )  # fmt: skip
+    whole, addresses = (num_tokens.whole(), input.columns(0, k)), cut.addresses()
+    for i, (ahead, lo, hi, place, pushed) in enumerate(each):
+        cut.tasks.append(
+            Task(
+                op=0,
+                tile=(i,),
+                reads=(*whole, weight.span(lo * k, hi * k)) + ((bias.span(lo, hi),) if bias else ()),
+                writes=(),
+                cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
+                fields=addresses | place | {"row0": lo, "num_rows": hi - lo},
+                pushes=(pushed,),
+                ahead=ahead,
+            )
+        )
+    return cut
+
+
+def rank_batch_linear_torch(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """This rank's part of all columns [T, N]."""
+    y = h.float() @ weight.float().T
+    return y if bias is None else y + bias.float()
+
+
+RANK_BATCH_LINEAR = Op("batch_linear_parts", rank_batch_linear_tile, cut_rank_batch_linear, rank_batch_linear_torch)
