@@ -304,6 +304,8 @@ def refuse(what: str) -> None:
             ours.generate(prompt(2), max_new_tokens=2, do_sample=rank == 0)
         elif what == "length":
             pair(max_seq_len=64 + rank)
+        elif what == "pages":
+            pair(options={"max_batch_size": 3, "num_pages": 9 + rank})
         elif what == "config":
             pair(rms_norm_eps=1e-5 * (1 + rank))
         elif what == "workers":

@@ -186,6 +186,7 @@ def test_a_dead_worker_ends_all_ranks_and_leaves_them_usable():
         ("prompt", "ValueError", "the prompt differs between ranks"),
         ("sampling", "ValueError", "a launch: sampling differs between ranks"),
         ("length", "ValueError", "max_seq_len differs between ranks, 64 on rank 0 and 65 on rank 1"),
+        ("pages", "ValueError", "num_pages differs between ranks, 9 on rank 0 and 10 on rank 1"),
         ("config", "ValueError", "config differs between ranks"),
         ("world", "ValueError", "tensor_parallel=3, but there are 2 ranks"),
         ('{"hidden_size": 96, "num_attention_heads": 3}', "UnsupportedModelError", "num_attention_heads=3"),

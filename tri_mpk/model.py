@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +80,7 @@ class CausalLM:
         if world_size > 1 and device.type != "meta":
             self.ranks = connect(world_size, rank, device)
             facts = {"config": self.config.to_json_string(), "dtype": str(self.dtype), "max_seq_len": max_seq_len}
+            facts |= asdict(batching)
             self.ranks.agree("the models of the ranks", facts)
         self.batching = batching
         options = {
