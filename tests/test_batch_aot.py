@@ -15,7 +15,7 @@ from ahead import ahead
 from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment
 from tri_mpk.ops.batch_gemm import TILES_BYTES
 
-# The last number of a case: words stored and loaded. Most are in `advance`, which one worker runs once a step.
+# The last two numbers of a case: ranks, and words that are spilled, most of them in `advance`, a task a step.
 
 # Two layers have all variants. In a process of its own: see test_aot.py.
 REPORT = """
@@ -28,8 +28,9 @@ from tri_mpk.generator import write_source
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import empty_model
 from tri_mpk.models import describe
-from tri_mpk.models.batch_decoder import build_batch
+from tri_mpk.models.batch_decoder import build_serving
 from tri_mpk.program import SharedMemoryPlan
+from tri_mpk.sharding import Shard
 sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 small = LlamaConfig(**sizes, vocab_size=997, max_position_embeddings=8192)
 config = small if sys.argv[1] == "small" else geometry(sys.argv[1])
@@ -37,14 +38,14 @@ config.num_hidden_layers = 2
 sequences, tokens = int(sys.argv[2]), int(sys.argv[3])
 step = torch.zeros(1, dtype=torch.int32, device="meta")
 text = torch.zeros(8192, dtype=torch.int64, device="meta")
+ranks = int(sys.argv[5])
+shard = Shard(config, 0, ranks) if ranks > 1 else None
+local = config if shard is None else shard.local_config()
 kernel = BatchKernel(
-    meta_tensors=[step, text], max_batch_size=sequences, max_tokens_per_step=tokens, policy=sys.argv[4]
+    ranks, meta_tensors=[step, text], max_batch_size=sequences, max_tokens_per_step=tokens, policy=sys.argv[4]
 )
-model = empty_model(config, torch.bfloat16)
-state = kernel.host_words_layer(page_size=128, num_pages=sequences * 8192 // 128)
-output = build_batch(kernel, describe(config, 8192), model, page_size=128, progress=False)
-best = output.best_value, output.best_index
-kernel.advance_layer(plan=output.plan, state=state, input=best, logits=output.logits)
+model = empty_model(local, torch.bfloat16)
+build_serving(kernel, describe(local, 8192), model, 128, sequences * 8192 // 128, False, shard)
 program = kernel.plan()
 compiled = compile_for(write_source(program.source), "sm_90")
 plan = SharedMemoryPlan.divide(program, compiled.metadata.shared, 227 << 10)
@@ -56,8 +57,8 @@ print(json.dumps(resources(compiled) | dataclasses.asdict(plan) | {"copies": wid
 """
 
 
-def compiled(name: str, sequences: int, tokens: int, policy: str, spills: int) -> dict[str, Any]:
-    command = [sys.executable, "-c", REPORT, name, str(sequences), str(tokens), policy]
+def compiled(name: str, sequences: int, tokens: int, policy: str, ranks: int, spills: int) -> dict[str, Any]:
+    command = [sys.executable, "-c", REPORT, name, str(sequences), str(tokens), policy, str(ranks)]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout) | {"known_spills": spills}
@@ -72,12 +73,14 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
 @pytest.fixture(
     scope="module",
     params=[
-        ("Qwen3-8B", 64, 256, "static", 64),
-        ("small", 8, 64, "static", 32),  # matrices whose K is a single tile
-        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 32), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 8, 256, "static", 24), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 64, 64, "static", 66), marks=pytest.mark.slow),
-        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 40), marks=pytest.mark.slow),
+        ("Qwen3-8B", 64, 256, "static", 1, 64),
+        ("Qwen3-8B", 64, 256, "static", 2, 64),
+        ("small", 8, 64, "static", 1, 32),  # matrices whose K is a single tile
+        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 32), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 24), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 66), marks=pytest.mark.slow),
+        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 40), marks=pytest.mark.slow),
+        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 64), marks=pytest.mark.slow),
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )

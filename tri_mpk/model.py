@@ -27,7 +27,7 @@ from tri_mpk.generation import (
 )
 from tri_mpk.gpu_profile import find_profile
 from tri_mpk.models import DecoderShape, describe
-from tri_mpk.models.batch_decoder import build_batch
+from tri_mpk.models.batch_decoder import build_serving
 from tri_mpk.models.decoder import build
 from tri_mpk.persistent_kernel import PersistentKernel
 from tri_mpk.runtime import LaunchRequest
@@ -91,28 +91,16 @@ class CausalLM:
             self.kernel = PersistentKernel(world_size, rank, **options)
             build(self.kernel, self.shape, model, PAGE_SIZE, progress, shard, reduce_dtype)
         else:
-            kernel = BatchKernel(
+            self.kernel = BatchKernel(
                 world_size, rank, max_batch_size=batching.max_batch_size,
                 max_tokens_per_step=batching.max_tokens_per_step, **options,
             )  # fmt: skip
-            self.kernel = self._build_batch(model, kernel, reduce_dtype)
+            num_pages = batching.pages(max_seq_len)
+            build_serving(
+                self.kernel, self.shape, model, batching.page_size, num_pages, progress, shard, reduce_dtype
+            )  # fmt: skip
         self._serving: Engine | None = None
         self._lock = threading.Lock()  # one launch at a time
-
-    def _build_batch(self, model: nn.Module, kernel: BatchKernel, reduce_dtype: torch.dtype) -> BatchKernel:
-        num_pages, page_size = self.batching.pages(self.max_seq_len), self.batching.page_size
-        state = kernel.host_words_layer(page_size=page_size, num_pages=num_pages)
-        output = build_batch(
-            kernel, self.shape, model, page_size, self.progress, num_pages, self.shard, reduce_dtype
-        )  # fmt: skip
-        best, logits = (output.best_value, output.best_index), output.logits
-        if (shard := self.shard) is not None:
-            best, logits = kernel.batch_gather_layer(
-                plan=output.plan, state=state, best=best, logits=logits, first_row=shard.first_row,
-                num_rows=shard.num_rows, vocab_size=shard.config.vocab_size,
-            )  # fmt: skip
-        kernel.advance_layer(plan=output.plan, state=state, input=best, logits=logits)
-        return kernel
 
     def compile(self) -> None:
         """Plans, verifies, generates and compiles the kernel now instead of at the first use."""

@@ -27,6 +27,33 @@ class BatchOutput:
     best_index: TensorHandle  # [S, tasks] int32: its index, the lowest one on a tie
 
 
+def build_serving(
+    mpk: BatchKernel,
+    shape: DecoderShape,
+    model: nn.Module,
+    page_size: int,
+    num_pages: int,
+    progress: bool,
+    shard: Shard | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Adds a whole step: what hosts ask for, the decoder as of `build_batch`, and the plan of the next step."""
+    state = mpk.host_words_layer(page_size=page_size, num_pages=num_pages)
+    output = build_batch(mpk, shape, model, page_size, progress, num_pages, shard, reduce_dtype)
+    best, logits = (output.best_value, output.best_index), output.logits
+    if shard is not None:
+        best, logits = mpk.batch_gather_layer(
+            plan=output.plan,
+            state=state,
+            best=best,
+            logits=logits,
+            first_row=shard.first_row,
+            num_rows=shard.num_rows,
+            vocab_size=shard.config.vocab_size,
+        )
+    mpk.advance_layer(plan=output.plan, state=state, input=best, logits=logits)
+
+
 def build_batch(
     mpk: BatchKernel,
     shape: DecoderShape,
