@@ -14,7 +14,8 @@ from tri_mpk.batch_kernel import BatchKernel
 from tri_mpk.inspect import critical_path
 from tri_mpk.loading import empty_model
 from tri_mpk.models import describe
-from tri_mpk.models.batch_decoder import BatchOutput, build_batch
+from tri_mpk.models.batch_decoder import BatchOutput, build_batch, build_serving
+from tri_mpk.sharding import Shard
 
 
 def meta_kernel(**parameters: object) -> BatchKernel:
@@ -91,9 +92,32 @@ def test_layers_check_dims():
     weight = kernel.attach_input(torch.zeros(32, 60, dtype=torch.bfloat16, device="meta"), "w")
     gain = kernel.attach_input(torch.zeros(64, dtype=torch.bfloat16, device="meta"), "gain")
     output = kernel.new_tensor((16, 32), torch.bfloat16, "y")
-    with pytest.raises(ValueError, match=r"batch_linear_layer: input.x=x must have dims \(16, 60\), got \(16, 64\)"):
+    with pytest.raises(ValueError, match="batch_linear_layer: the residual stream has 64 columns, expected 60"):
         kernel.batch_linear_layer(plan=plan, input=x, weight=weight, output=output)
     with pytest.raises(ValueError, match="batch_embed_layer: residual.x=x must have dims"):
         kernel.batch_embed_layer(plan=plan, weight=weight, next_norm=gain, output=x)
     with pytest.raises(ValueError, match="batch_linear_with_residual_layer: input=y must have dims"):
         kernel.batch_linear_with_residual_layer(plan=plan, input=output, weight=weight, residual=x, next_norm=gain)
+
+
+def test_columns_of_the_residual_are_shared_out():
+    x = meta_kernel(world_size=2, rank=1).new_residual(128, torch.bfloat16, "x")
+    assert x.x.dims == (16, 64) and x.normed.dims == (2, 16 * 64) and x.parts.dims == (2, 16 * 64)
+    with pytest.raises(ValueError, match="hidden_size=128 cannot be shared out among 3 ranks"):
+        meta_kernel(world_size=3).new_residual(128, torch.bfloat16, "x")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_layer_of_several_ranks_is_proved(num_ranks):
+    """Of all ranks together; each of them has the same tasks and events."""
+    config = tiny_config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=97)
+    programs = []
+    for rank in range(num_ranks):
+        shard = Shard(config, rank, num_ranks)
+        kernel = meta_kernel(world_size=num_ranks, rank=rank, max_tokens_per_step=70)
+        model = empty_model(shard.local_config(), torch.bfloat16)
+        build_serving(kernel, describe(model.config, 256), model, 128, 8, False, shard)
+        programs.append(kernel.plan())
+        assert programs[-1].report.num_tasks == num_ranks * len(programs[-1].graph.tasks)
+    assert len({program.source for program in programs}) == 1
+    assert all(program.events.signals == programs[0].events.signals for program in programs)
