@@ -94,7 +94,7 @@ def test_layers_check_dims():
     output = kernel.new_tensor((16, 32), torch.bfloat16, "y")
     with pytest.raises(ValueError, match="batch_linear_layer: the residual stream has 64 columns, expected 60"):
         kernel.batch_linear_layer(plan=plan, input=x, weight=weight, output=output)
-    with pytest.raises(ValueError, match="batch_embed_layer: residual.x=x must have dims"):
+    with pytest.raises(ValueError, match="batch_embed_layer: the residual stream has 64 columns, expected 60"):
         kernel.batch_embed_layer(plan=plan, weight=weight, next_norm=gain, output=x)
     with pytest.raises(ValueError, match="batch_linear_with_residual_layer: input=y must have dims"):
         kernel.batch_linear_with_residual_layer(plan=plan, input=output, weight=weight, residual=x, next_norm=gain)
