@@ -1,7 +1,7 @@
 """Measures geometries on the GPU of this machine and saves one report each: see README.md beside this file.
 
 PYTHONPATH=. python bench/run.py --geometry Llama-3.2-1B Qwen3-8B --context 64 512 4096
-PYTHONPATH=. torchrun --nproc-per-node 2 bench/run.py --geometry Qwen3-8B   # one model on two GPUs; no baseline
+PYTHONPATH=. torchrun --nproc-per-node 2 bench/run.py --geometry Qwen3-8B   # one model on two GPUs
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tri_mpk.baseline import ATTENTIONS
 from tri_mpk.benchmark import DEFAULT_CONTEXTS, run_bench
 from tri_mpk.distributed import world
 from tri_mpk.geometries import GEOMETRIES
+from tri_mpk.rank_baseline import REDUCES
 from tri_mpk.rank_benchmark import run_rank_bench
 
 FOR_ONE_GPU = [name for name in GEOMETRIES if name != "Llama-3.1-70B"]
@@ -53,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--attention", nargs="+", default=list(ATTENTIONS), choices=ATTENTIONS,
         help="which ones the baseline tries, each with a compilation per context (40 s for 8B); default: all",
     )  # fmt: skip
+    parser.add_argument(
+        "--reduce", nargs="+", default=list(REDUCES), choices=REDUCES,
+        help="on several GPUs: what adds up in the baseline, NCCL or torch's symmetric memory; default: each of them",
+    )  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--account", action="store_true", help="also where the time goes (tri_mpk/account.py)")
     parser.add_argument("--reduce-dtype", default="float32", help="of what ranks send each other: float32 or bfloat16")
@@ -61,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     common = {"num_tokens": options.num_tokens, "launches": options.launches, "check": not options.no_check}
     if world()[1] > 1:
         common |= {"account_too": options.account, "reduce_dtype": getattr(torch, options.reduce_dtype)}
-        measure = partial(run_rank_bench, **common)
+        baseline = () if options.no_baseline else options.reduce
+        measure = partial(run_rank_bench, baseline=baseline, attentions=options.attention, **common)
     else:
         measure = partial(
             run_bench, baseline=not options.no_baseline, attentions=options.attention, account=options.account, **common

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tri_mpk.account import RANK_EDITS, account, edited
-from tri_mpk.baseline import copy_bandwidth_gbps
+from tri_mpk.baseline import ATTENTIONS, copy_bandwidth_gbps
 from tri_mpk.batch_benchmark import (
     DEFAULT_BATCHES,
     DEFAULT_CONTEXT,
@@ -54,6 +54,7 @@ from tri_mpk.geometries import GEOMETRIES, geometry
 from tri_mpk.loading import from_config, memory_bytes, random_model
 from tri_mpk.model import PAGE_SIZE, CausalLM
 from tri_mpk.models import describe
+from tri_mpk.rank_baseline import REDUCES, run_baseline
 
 
 def run_rank_bench(
@@ -65,12 +66,15 @@ def run_rank_bench(
     check: bool = True,
     account_too: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
+    baseline: Sequence[str] = REDUCES,
+    attentions: Sequence[str] = ATTENTIONS,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """As `run_bench`, on the ranks of torchrun; the same report on all of them.
+    """As `run_bench`, on the ranks of torchrun; rank 0's report has everything, the others lack the baseline.
 
     A row also has `no_communication_ms_p50`, of the same kernels each of which is its own peer: what is above that is
-    communication that nothing hides. Logits are checked where the whole model fits rank 0's GPU too.
+    communication that nothing hides. Logits are checked where the whole model fits rank 0's GPU too. `baseline`: the
+    ways to add up that torch.compile is timed with (tri_mpk/rank_baseline.py); none: it is not timed.
     """
     config = geometry(geometry_name)
     name = next(known for known in GEOMETRIES if known.lower() == geometry_name.lower())
@@ -86,14 +90,21 @@ def run_rank_bench(
             tqdm.write(f"{name}, {world_size} ranks: {stage}", file=sys.stderr)
 
     copy_gbps = copy_bandwidth_gbps(device)
-    say(f"a copy moves {copy_gbps:.0f} GB/s; making random weights")
+    free_memory()
+    say(f"a copy moves {copy_gbps:.0f} GB/s")
+    if baseline:
+        say("the baseline: torch.compile in a CUDA graph, a minute or more for each way and context")
+    best, failures = run_baseline(name, contexts, baseline, attentions)
+    for context, row in best.items():
+        say(f"the baseline at context {context}: {row['ms_p50']:.3f} ms per token")
+    say("making random weights")
     model = from_config(
         config, seed=SEED, max_seq_len=max_seq_len, device=device, progress=show, reduce_dtype=reduce_dtype
     )
     seconds = compile_seconds(model)
     say(f"compiled in {seconds:.1f} s")
     fill_cache(model)
-    subject = Subject(name, None, model, num_tokens, launches, copy_gbps, seconds, seconds, {})
+    subject = Subject(name, None, model, num_tokens, launches, copy_gbps, seconds, seconds, best)
     errors = check_contexts(model, [c for c in contexts if check and c in CHECKED_CONTEXTS], say)
     fill_cache(model)
     rows = []
@@ -107,6 +118,7 @@ def run_rank_bench(
         say(f"context {context}, {times['ms_p50']:.3f} ms per token, {alone:.3f} without communication")
     report = subject.report(rows)
     report["settings"] |= {"tensor_parallel": world_size, "reduce_dtype": str(reduce_dtype).removeprefix("torch.")}
+    report["failures"] = failures
     if account_too:
         report["account"] = [
             {"context": context, "change": entry.name, "ms_p50": entry.ms}
