@@ -192,6 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--attention", nargs="+", default=list(BATCH_ATTENTIONS), choices=sorted({*ATTENTIONS, *BATCH_ATTENTIONS}),
         help="which ones the baseline tries, each with a compilation of its own; default: split rows",
     )  # fmt: skip
+    parser.add_argument(
+        "--baseline-s", type=float, default=float("inf"),
+        help="seconds after which torch.compile is tried for no further batch size; default: for all",
+    )  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits with fp32")
     parser.add_argument("--no-one", action="store_true", help="skip the kernel for one sequence")
     parser.add_argument("--profile", action="store_true", help="also: what choosing and planning take of a step")
@@ -219,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         name: partial(
             run_batch_bench, name, options.batch, options.context, num_steps=options.num_steps,
             launches=options.launches, tokens_per_step=options.tokens_per_step, prompt=options.prompt,
-            baseline=not options.no_baseline, attentions=options.attention, check=not options.no_check,
+            baseline=not options.no_baseline, baseline_bound_s=options.baseline_s,
+            attentions=options.attention, check=not options.no_check,
             one=not options.no_one, profile=options.profile,
         )
         for name in options.geometry

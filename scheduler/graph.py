@@ -109,9 +109,7 @@ class Task:
     stream: WeightStream | None = None
     announces: tuple[str, ...] = ()  # values of which it gives the signals of those who are absent
     # of kernels on several ranks, see ranks.py
-    pushes: tuple[
-        Region, ...
-    ] = ()  # of symmetric tensors, without the first coordinate: written on ranks that it reaches
+    pushes: tuple[Region, ...] = ()  # of symmetric tensors, less the first coordinate: written on ranks it reaches
     to_all_ranks: bool = False  # its signals go to the events of all ranks
     ahead: int | None = None  # or to those of one rank: the one so many after its own, modulo the number of ranks
 

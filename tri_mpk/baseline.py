@@ -248,13 +248,16 @@ def measure_batches(
     For one sequence `ATTENTIONS` are tried instead, unless only one is wanted.
     """
     decoder = StaticCacheDecoder(hf_model, max_seq_len=1)
-    for batch_size in batch_sizes:
-        tried = ATTENTIONS if batch_size == 1 and len(attentions) > 1 else attentions
-        (row,) = measure_decoder(
-            decoder, (context,), mode=mode, attentions=tried, samples=samples, replays=replays, batch_size=batch_size
-        )
-        yield {"batch": batch_size, **row}
-    torch.compiler.reset()  # what was compiled holds on to the cache
+    try:
+        for batch_size in batch_sizes:
+            tried = ATTENTIONS if batch_size == 1 and len(attentions) > 1 else attentions
+            (row,) = measure_decoder(
+                decoder, (context,), mode=mode, attentions=tried, samples=samples, replays=replays,
+                batch_size=batch_size,
+            )  # fmt: skip
+            yield {"batch": batch_size, **row}
+    finally:
+        torch.compiler.reset()  # what was compiled holds on to the cache
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -353,6 +354,7 @@ def run_batch_bench(
     tokens_per_step: int = 256,
     prompt: int = DEFAULT_PROMPT,
     baseline: bool = True,
+    baseline_bound_s: float = float("inf"),
     attentions: Sequence[str] = BATCH_ATTENTIONS,
     check: bool = True,
     one: bool = True,
@@ -368,7 +370,7 @@ def run_batch_bench(
         num_steps: of a launch.
         prompt: also measure the time to first token of a prompt of this length; 0: do not.
         baseline: time torch.compile for each batch size, and transformers' prefill, on the same weights too (most of
-            the run: `attentions` says which ways are tried).
+            the run: `attentions` says which ways are tried). After `baseline_bound_s` no further batch size is begun.
         check: compare logits with the fp32 reference, for every sequence; `failures` of the report says what is wrong.
         one: time the kernel for one sequence too.
         profile: also compile a kernel that records, and tell what choosing tokens and planning takes of a step.
@@ -405,9 +407,14 @@ def run_batch_bench(
     measured: dict[int, dict[str, Any]] = {}
     reference_prefill = None
     if baseline:
-        for row in measure_batches(hf_model, batches, context, attentions=attentions):
-            measured[row["batch"]] = row
-            say(f"torch.compile, batch {row['batch']}: {row['ms_p50']:.3f} ms per step, {row['attention']}")
+        start = time.perf_counter()
+        with closing(measure_batches(hf_model, batches, context, attentions=attentions)) as rows_of_baseline:
+            for row in rows_of_baseline:
+                measured[row["batch"]] = row
+                say(f"torch.compile, batch {row['batch']}: {row['ms_p50']:.3f} ms per step, {row['attention']}")
+                if time.perf_counter() - start > baseline_bound_s:
+                    say(f"torch.compile has taken more than {baseline_bound_s:g} s: other batch sizes go without")
+                    break
         free_memory()
         if prompt:
             reference_prefill = quantiles(prefill_ms(hf_model, prompt, repeats))
