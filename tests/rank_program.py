@@ -153,7 +153,7 @@ def different_requests(what: str, **parameters: Any) -> None:
     say({"text": text, "equal": equal})
 
 
-def serve_and_hang(bound_s: float = FEW_POLLS_S, **parameters: Any) -> None:
+def serve_and_hang(bound_s: float = 3 * FEW_POLLS_S, **parameters: Any) -> None:
     """Serves until something happens to another rank, and says what it was."""
     ours, _ = batch_pair(wait_bound_s=20.0, **parameters)
     ours.generate(prompt(2), max_new_tokens=2)
