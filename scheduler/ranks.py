@@ -23,6 +23,7 @@ data, however much faster it is, and no buffer has to alternate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import MalformedScheduleError
@@ -57,14 +58,32 @@ def waits_for_ranks(graph: TaskGraph, events: Events, task: int) -> bool:
 
 
 def verify_ranks(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> Report:
-    """`verify` for all ranks together. Raises a `ScheduleError` whose names end in `@rank`."""
-    return verify(*join(graph, events, schedule, num_ranks), max_signals=MAX_SIGNALS * num_ranks)
+    """`verify` for all ranks together. Raises a `ScheduleError` whose names end in `@rank`.
+
+    Where ranks are alike, whatever is true of rank 0's memory is true of that of each, with all ranks renumbered.
+    """
+    memories = range(1 if are_alike(graph, num_ranks) else num_ranks)
+    return verify(*join(graph, events, schedule, num_ranks, memories), max_signals=MAX_SIGNALS * num_ranks)
 
 
-def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -> tuple[TaskGraph, Events, Schedule]:
+def are_alike(graph: TaskGraph, num_ranks: int) -> bool:
+    """Whether the graph of all ranks remains the same if each rank takes the place of the next one.
+
+    It does if nobody tells one rank's part of a symmetric tensor from another's: tasks push their own, and read all.
+    """
+    pushed = {region.tensor for task in graph.tasks for region in task.pushes}
+    return all(
+        region.tensor not in pushed or region.box[0] == (0, num_ranks) for task in graph.tasks for region in task.reads
+    ) and not any(region.tensor in pushed for task in graph.tasks for region in task.writes)
+
+
+def join(
+    graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int, memories: Sequence[int] | None = None
+) -> tuple[TaskGraph, Events, Schedule]:
     """The graph of all ranks: task t of rank r is number t * num_ranks + r, event e > 0 is (e - 1) * num_ranks + r + 1.
 
-    In program order all counterparts of a task come before the next one's. What no task writes is left out.
+    In program order all counterparts of a task come before the next one's. What no task writes is left out, and tensors
+    of ranks that are not in `memories`; None: all are.
     """
     if schedule.pools:
         raise MalformedScheduleError("tasks in pools run on one rank only; make all ops static")
@@ -78,13 +97,16 @@ def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -
     pushed = {region.tensor for task in graph.tasks for region in task.pushes}
     written = pushed | {region.tensor for task in graph.tasks for region in task.writes}
     used = [name for name, info in graph.tensors.items() if name in written or not info.initialised]
+    memories = ranks if memories is None else memories
     own = {name: [f"{name}@{rank}" for rank in ranks] for name in used}
     joint = TaskGraph(
         [f"{op}@{rank}" for op in graph.ops for rank in ranks],
-        tensors={own[name][rank]: graph.tensors[name] for name in used for rank in ranks},
+        tensors={own[name][rank]: graph.tensors[name] for name in used for rank in memories},
     )
 
     def of_rank(regions: tuple[Region, ...], rank: int) -> tuple[Region, ...]:
+        if rank not in memories:
+            return ()
         return tuple(Region(own[region.tensor][rank], region.box) for region in regions if region.tensor in own)
 
     def event_of(event: int, rank: int) -> int:
@@ -99,6 +121,7 @@ def join(graph: TaskGraph, events: Events, schedule: Schedule, num_ranks: int) -
                 Region(own[region.tensor][peer], ((rank, rank + 1), *region.box))
                 for region in task.pushes
                 for peer in reached
+                if peer in memories
             )
             joint.tasks.append(
                 Task(
