@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid, next_power_of_2
 from tri_mpk.ops.rings import (
     ASKED_FIRST,
     ASKED_SLOTS,
@@ -546,8 +546,7 @@ def cut_advance(
     page_size: int,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"advance has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("advance", grid_dim, 1, "one task")
     num_slots, length = tokens.dims
     reads = {"chosen_ptr": chosen, "logprobs_ptr": logprobs}
     plan = {

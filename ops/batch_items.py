@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid, next_power_of_2
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
@@ -73,8 +73,7 @@ def cut_batch_items(
     split_tokens: int,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"batch_items has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("batch_items", grid_dim, 1, "one task")
     reads = {
         "num_tokens_ptr": num_tokens, "positions_ptr": token_positions, "sequences_ptr": token_sequences,
         "first_token_ptr": first_token, "sequence_tokens_ptr": sequence_tokens, "output_token_ptr": output_token,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from tri_mpk.ops.advance import SLOT_NEW
 from tri_mpk.ops.argmax import best_of_parts
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid
 from tri_mpk.ops.rings import RECORD, RECORD_CHOICE, RECORD_PROMPT_LENGTH
 from tri_mpk.ops.sample import (
     CHOICE,
@@ -104,8 +104,7 @@ def cut_batch_sample(
     vocab_size: int,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, chosen.numel):
-        raise ValueError(f"batch_sample has a task per sequence, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("batch_sample", grid_dim, chosen.numel, "a task per sequence")
     num_sequences = chosen.numel
     num_parts = best_value.numel // num_sequences
     common = {"output_token_ptr": output_token, "token_positions_ptr": token_positions, "slots_ptr": slots}

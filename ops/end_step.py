@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid
 from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Task
 from tri_mpk.scheduler.peers import signal_ranks
@@ -23,8 +23,7 @@ def end_step_tile(task, event_ptr, control_ptr, epoch, RANKS: tl.constexpr, PORT
 
 
 def cut_end_step(machine: Machine, *, counters: TensorHandle, grid_dim: int | None = None) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"end_step has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("end_step", grid_dim, 1, "one task")
     task = Task(op=0, tile=(0,), reads=(counters.whole(),), writes=(), cost_bytes=8, to_all_ranks=True)
     return Cut({}, {}, [task])
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.advance import FREE, LOOKS, NUM_ADMITTED, SLOT_STATUS, SLOT_TICKET, RingSizes
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid, next_power_of_2
 from tri_mpk.ops.rings import (
     ASKED_FIRST,
     ASKED_SLOTS,
@@ -100,8 +100,7 @@ def cut_host_words(
     rank: int,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"host_words has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("host_words", grid_dim, 1, "one task")
     num_ranks, words = asked.dims
     num_slots = slots.dims[1]
     constants = {"TICKETS": rings.tickets, "S": num_slots, "BLOCK_S": next_power_of_2(max(num_slots, 2))}

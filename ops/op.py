@@ -111,6 +111,12 @@ class OpCall:
     policy: Policy = Policy.STATIC
 
 
+def check_grid(op: str, grid_dim: int | None, num_tasks: int, what: str) -> None:
+    """ValueError where another number of tasks is asked for than the op can have; `what`: which that is, in words."""
+    if grid_dim not in (None, num_tasks):
+        raise ValueError(f"{op} has {what}, got grid_dim={grid_dim}; leave grid_dim out")
+
+
 def even_ranges(total: int, num_ranges: int) -> Iterator[tuple[int, int]]:
     """`total` items in `num_ranges` consecutive ranges whose lengths differ by at most one.
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.argmax import best_of_parts, finish_step
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid
 from tri_mpk.scheduler.device import (
     CONTROL_EOS,
     CONTROL_LAST_STEP,
@@ -62,8 +62,7 @@ def cut_rank_argmax(
     tokens: TensorHandle,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"argmax has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("argmax", grid_dim, 1, "one task")
     tensors = {
         "best_value_ptr": best_value, "best_index_ptr": best_index, "asked_ptr": asked, "tokens_ptr": tokens
     }  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.argmax import best_of_parts
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid
 from tri_mpk.ops.rings import RECORD, RECORD_CHOICE
 from tri_mpk.ops.sample import CHOICE, CHOOSE_BEST
 from tri_mpk.scheduler.device import wait
@@ -70,8 +70,7 @@ def cut_rank_batch_gather(
     grid_dim: int | None = None,
 ) -> Cut:
     (num_sequences, num_parts), num_ranks = best_value.dims, all_value.dims[0]
-    if grid_dim not in (None, num_sequences):
-        raise ValueError(f"batch_gather has a task per sequence, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("batch_gather", grid_dim, num_sequences, "a task per sequence")
     cut = Cut({"NUM_PARTS": num_parts}, {})
     for sequence in range(num_sequences):
         own = [

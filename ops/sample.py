@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.argmax import MAILBOX_STOP, STOP_INTERVAL, best_of_parts, finish_step
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, next_power_of_2
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid, next_power_of_2
 from tri_mpk.ops.sampling import SLOTS, best_score, over_block, sample, write_scores
 from tri_mpk.scheduler.device import (
     CONTROL_CHOICE,
@@ -149,8 +149,7 @@ def cut_sample(
     indices: TensorHandle,
     grid_dim: int | None = None,
 ) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"sample has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("sample", grid_dim, 1, "one task")
     reads = {"best_value_ptr": best_value, "best_index_ptr": best_index}
     writes = {
         "tokens_ptr": tokens, "logprobs_ptr": logprobs, "seen_ptr": seen,

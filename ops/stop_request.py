@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.argmax import MAILBOX_STOP, STOP_INTERVAL
-from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
+from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, check_grid
 from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Address, Region, Task
 from tri_mpk.scheduler.peers import push, signal_ranks
@@ -33,8 +33,7 @@ def stop_request_tile(
 
 
 def cut_stop_request(machine: Machine, *, output: TensorHandle, rank: int, grid_dim: int | None = None) -> Cut:
-    if grid_dim not in (None, 1):
-        raise ValueError(f"stop_request has one task, got grid_dim={grid_dim}; leave grid_dim out")
+    check_grid("stop_request", grid_dim, 1, "one task")
     task = Task(
         op=0,
         tile=(0,),
