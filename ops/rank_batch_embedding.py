@@ -57,7 +57,7 @@ def cut_rank_batch_embedding(
     (num_table_rows, hidden_size), num_ranks = weight.dims, parts.dims[0]
     width = hidden_size // num_ranks
     each = list(shares(rank, parts, width, grid_dim or machine.num_workers))
-    block_d = next_power_of_2(max(hi - lo for _, lo, hi, _, _ in each))
+    block_d = next_power_of_2(max(share.hi - share.lo for share in each))
     cut = Cut(
         {"D": hidden_size, "WIDTH": width, "BLOCK_D": block_d, "SIZE": parts.dtype.itemsize},
         {"num_tokens_ptr": num_tokens, "token_ids_ptr": token_ids, "table_ptr": weight, "parts_ptr": parts},
@@ -71,7 +71,7 @@ def cut_rank_batch_embedding(
                 reads=(num_tokens.whole(), token_ids.whole(), weight.whole()),
                 writes=(),
                 cost_bytes=(hi - lo) * token_ids.numel * weight.dtype.itemsize,
-                fields=fields | place | {"col0": lo, "num_cols": hi - lo},
+                fields=fields | {"place": place, "col0": lo, "num_cols": hi - lo},
                 pushes=(pushed,),
                 ahead=ahead,
             )

@@ -10,6 +10,7 @@ belongs to one rank; the others have zeros. Source: arXiv:1909.08053, figure 3.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -66,19 +67,24 @@ def rank_batch_linear_tile(
     signal_ranks(task, event_ptr, 1, PORTABLE)
 
 
-def shares(rank: int, parts: TensorHandle, width: int, num_tasks: int) -> Iterator[tuple[int, int, int, dict, Region]]:
-    """How tasks share out the columns that ranks add up, `width` each.
+class Share(NamedTuple):
+    """The columns of a task, all of which one rank adds up."""
 
-    Of each task: how far ahead the rank is that adds up its columns, which they are, the field `place` (where in
-    `parts` column 0 of token 0 would be on that rank), and what the task pushes.
-    """
+    ahead: int  # how far that rank is ahead
+    lo: int
+    hi: int
+    place: int  # in `parts` of that rank, where column 0 of token 0 would be
+    pushed: Region
+
+
+def shares(rank: int, parts: TensorHandle, width: int, num_tasks: int) -> Iterator[Share]:
+    """How tasks share out the columns, of which each rank adds up `width`."""
     num_ranks, size = parts.dims
     num_tasks = max(num_tasks, num_ranks)
     for ahead, (begin, end) in enumerate(even_ranges(num_tasks, num_ranks)):
         first = (rank + ahead) % num_ranks * width
         for lo, hi in even_ranges(width, min(width, end - begin)):
-            place = {"place": rank * size - first}
-            yield ahead, first + lo, first + hi, place, Region(parts.name, ((lo, hi),))
+            yield Share(ahead, first + lo, first + hi, rank * size - first, Region(parts.name, ((lo, hi),)))
 
 
 def cut_rank_batch_linear(
@@ -98,7 +104,7 @@ def cut_rank_batch_linear(
     cut = Cut(
         {
             "WIDTH": width, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens,
-            "HALVES": halves(max(hi - lo for _, lo, hi, _, _ in each)), "SIZE": parts.dtype.itemsize,
+            "HALVES": halves(max(share.hi - share.lo for share in each)), "SIZE": parts.dtype.itemsize,
         },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or input,
@@ -114,7 +120,7 @@ def cut_rank_batch_linear(
                 reads=(*whole, weight.span(lo * k, hi * k)) + ((bias.span(lo, hi),) if bias else ()),
                 writes=(),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields=addresses | place | {"row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"place": place, "row0": lo, "num_rows": hi - lo},
                 pushes=(pushed,),
                 ahead=ahead,
             )

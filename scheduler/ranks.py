@@ -34,7 +34,7 @@ from .verify import Report, verify
 
 def derive_rank_events(graph: TaskGraph, num_ranks: int) -> Events:
     """The events of each rank of `num_ranks` that run this graph."""
-    stand_ins = [replace(task, writes=task.writes + _pushed_by_all(task, num_ranks)) for task in graph.tasks]
+    stand_ins = [replace(task, writes=task.writes + _arriving(task, num_ranks)) for task in graph.tasks]
     events = derive_events(replace(graph, tasks=stand_ins))
     events.weights = [len(task.reached(0, num_ranks)) for task in graph.tasks]
     for event in events.events:
@@ -42,7 +42,7 @@ def derive_rank_events(graph: TaskGraph, num_ranks: int) -> Events:
     return events
 
 
-def _pushed_by_all(task: Task, num_ranks: int) -> tuple[Region, ...]:
+def _arriving(task: Task, num_ranks: int) -> tuple[Region, ...]:
     """What the task and its counterparts write on rank 0."""
     senders = (0, num_ranks)
     if task.ahead is not None:

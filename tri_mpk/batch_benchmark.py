@@ -458,17 +458,7 @@ def run_batch_bench(
     report = {
         "geometry": name,
         **environment(device),
-        "settings": {
-            "context": context,
-            "num_steps": num_steps,
-            "launches": launches,
-            "warmup": WARMUP,
-            "seed": SEED,
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_seq_len": max_seq_len,
-            **asdict(batching),
-            "num_workers": model.kernel.num_workers,
-        },
+        "settings": settings_of(model, context, num_steps, launches),
         "baseline_version": f"torch.compile {torch.__version__}" if baseline else None,
         "copy_gbps": copy_gbps,
         "plan_and_compile_s": compile_s,
@@ -497,6 +487,21 @@ def run_batch_bench(
     free_memory()
     assert report["compiles"] in (None, 1), f"the kernel was compiled {report['compiles']} times"
     return report
+
+
+def settings_of(model: CausalLM, context: int, num_steps: int, launches: int) -> dict[str, Any]:
+    """What is needed to repeat the rows of a report."""
+    return {
+        "context": context,
+        "num_steps": num_steps,
+        "launches": launches,
+        "warmup": WARMUP,
+        "seed": SEED,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_seq_len": model.max_seq_len,
+        **asdict(model.batching),
+        "num_workers": model.kernel.num_workers,
+    }
 
 
 def row_of(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from tri_mpk.batch_benchmark import (
     pages_of,
     round_up,
     row_of,
+    settings_of,
 )
 from tri_mpk.benchmark import (
     CHECKED_CONTEXTS,
@@ -117,7 +117,7 @@ def run_rank_bench(
         rows[-1] |= {"no_communication_ms_p50": alone, "exposed_communication": exposed}
         say(f"context {context}, {times['ms_p50']:.3f} ms per token, {alone:.3f} without communication")
     report = subject.report(rows)
-    report["settings"] |= {"tensor_parallel": world_size, "reduce_dtype": str(reduce_dtype).removeprefix("torch.")}
+    report["settings"] |= of_ranks(world_size, reduce_dtype)
     report["failures"] = failures
     if account_too:
         report["account"] = [
@@ -174,12 +174,7 @@ def run_rank_batches(
     report = {
         "geometry": name,
         **environment(device, world_size),
-        "settings": {
-            "context": context, "num_steps": num_steps, "launches": launches, "warmup": WARMUP, "seed": SEED,
-            "dtype": str(model.dtype).removeprefix("torch."), "max_seq_len": max_seq_len, **asdict(model.batching),
-            "num_workers": model.kernel.num_workers, "tensor_parallel": world_size,
-            "reduce_dtype": str(reduce_dtype).removeprefix("torch."),
-        },
+        "settings": settings_of(model, context, num_steps, launches) | of_ranks(world_size, reduce_dtype),
         "copy_gbps": copy_gbps, "plan_and_compile_s": compile_s, "empty_step_ms": empty_step_ms(model),
         "rows": rows, "launches": model.kernel.runtime.num_launches, "failures": [],
     }  # fmt: skip
@@ -191,6 +186,11 @@ def run_rank_batches(
     del model
     free_memory()
     return report
+
+
+def of_ranks(world_size: int, reduce_dtype: torch.dtype) -> dict[str, Any]:
+    """What the settings of a report on several ranks have beside those on one."""
+    return {"tensor_parallel": world_size, "reduce_dtype": str(reduce_dtype).removeprefix("torch.")}
 
 
 def check_contexts(model: CausalLM, contexts: Sequence[int], say) -> dict[int, dict[str, float]]:
