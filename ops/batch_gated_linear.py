@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import MANY, for_all_tokens, multiply_rows, prefetch_rows, residual_reads, token_rstd
+from tri_mpk.ops.batch_gemm import (
+    MANY,
+    for_all_tokens,
+    multiply_rows,
+    prefetch_rows,
+    residual_reads,
+    store_rows,
+    token_rstd,
+)
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import signal
@@ -23,12 +31,10 @@ from tri_mpk.scheduler.peers import wait_for_any
 @triton.jit
 def finish_gated(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
     h_ptr, token, rstd = args
-    N: tl.constexpr = CONSTANTS[0]
     y *= rstd[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(y, (2, y.shape[0] // 2, y.shape[1])), (1, 2, 0)))
     h = gate / (1.0 + tl.exp(-gate)) * up
-    at = h_ptr + token[None, :] * N + row[:, None]
-    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    store_rows(h, h_ptr, h_ptr, row, is_row, token, is_token, CONSTANTS[0], False)
     return state
 
 

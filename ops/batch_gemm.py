@@ -161,6 +161,15 @@ def token_rstd(
 
 
 @triton.jit
+def store_rows(y, y_ptr, bias_ptr, row, is_row, token, is_token, N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """y [rows, tokens] (+ bias [N]) as columns of `y_ptr` [T, N]."""
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    at = y_ptr + token[None, :] * N + row[:, None]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+
+
+@triton.jit
 def store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, D: tl.constexpr):
     """The residual stream x [rows, tokens] and what the next matrix reads of it; the rows' sums of squares [tokens].
 

@@ -20,6 +20,7 @@ from tri_mpk.ops.batch_gemm import (
     multiply_rows,
     prefetch_rows,
     residual_reads,
+    store_rows,
     token_rstd,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
@@ -31,13 +32,7 @@ from tri_mpk.scheduler.peers import wait_for_any
 @triton.jit
 def finish_linear(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
     y_ptr, bias_ptr, token, rstd = args
-    N: tl.constexpr = CONSTANTS[0]
-    HAS_BIAS: tl.constexpr = CONSTANTS[3]
-    y *= rstd[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    at = y_ptr + token[None, :] * N + row[:, None]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    store_rows(y * rstd[None, :], y_ptr, bias_ptr, row, is_row, token, is_token, CONSTANTS[0], CONSTANTS[3])
     return state
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import SOME, for_all_tokens, halves, multiply_rows, prefetch_rows
+from tri_mpk.ops.batch_gemm import SOME, for_all_tokens, halves, multiply_rows, prefetch_rows, store_rows
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Region, Task
@@ -26,12 +26,7 @@ from tri_mpk.scheduler.peers import at_peer, signal_ranks
 @triton.jit
 def finish_parts(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr):
     parts_ptr, bias_ptr, token = args
-    WIDTH: tl.constexpr = CONSTANTS[0]
-    HAS_BIAS: tl.constexpr = CONSTANTS[2]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    at = parts_ptr + token[None, :] * WIDTH + row[:, None]
-    tl.store(at, y.to(parts_ptr.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    store_rows(y, parts_ptr, bias_ptr, row, is_row, token, is_token, CONSTANTS[0], CONSTANTS[2])
     return state
 
 

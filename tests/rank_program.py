@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import sys
@@ -578,6 +579,108 @@ def accuracy(name: str, length: int = 50, num_new: int = 64, repeats: int = 3, r
     say(result)
 
 
+def batch_ops() -> None:
+    """Ops of many tokens on several ranks against their references; what nobody writes is NaN."""
+    from batch_harness import fill_plan
+    from repeat_step import REPEAT_STEP
+    from tri_mpk.batch_kernel import BatchKernel
+    from tri_mpk.distributed import world
+    from tri_mpk.ops.batch_linear import batch_linear_torch
+    from tri_mpk.ops.end_step import RANK_END_STEP
+    from tri_mpk.ops.rank_batch_embedding import rank_batch_embedding_torch
+    from tri_mpk.ops.rank_batch_gather import rank_batch_gather_torch
+    from tri_mpk.ops.rank_batch_linear import rank_batch_linear_torch
+    from tri_mpk.ops.rank_batch_residual import rank_batch_residual_torch
+    from tri_mpk.ops.rings import RECORD_CHOICE
+    from tri_mpk.runtime import LaunchRequest
+
+    rank, world_size = world()
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)  # every rank knows what all have
+    num_tokens, hidden, k, vocab, parts = 69, 70 * world_size, 9, 10 * world_size + 1, 3
+    first_rows = [r * vocab // world_size for r in range(world_size + 1)]
+    table = torch.randn(vocab, hidden)
+    gains = torch.rand(2, hidden) + 0.5
+    before, weights = torch.randn(world_size, k, hidden) / hidden**0.5, torch.randn(world_size, hidden, k)
+    biases = torch.zeros(world_size, hidden)
+    biases[0].normal_()
+    logits = torch.randn(3, vocab)
+    ids = torch.randint(vocab, (num_tokens,))
+
+    step, text = torch.zeros(1, dtype=torch.int32), torch.zeros(128, dtype=torch.int64)
+    mpk = BatchKernel(
+        world_size, rank, 2, [step, text], wait_bound_s=60.0, max_batch_size=3, max_tokens_per_step=80
+    )  # fmt: skip
+
+    def attach(tensor: torch.Tensor, name: str):
+        return mpk.attach_input(tensor.contiguous().clone(), name=name)
+
+    state, plan = mpk.host_words_layer(page_size=16, num_pages=24), mpk.new_step_plan(8)
+    x = mpk.new_residual(hidden, torch.float32, "x")
+    rows = slice(first_rows[rank], first_rows[rank + 1])
+    gain = [attach(each, f"gain{i}") for i, each in enumerate(gains)]
+    mpk.batch_embed_layer(
+        plan=plan, weight=attach(table[rows], "table"), next_norm=gain[0], output=x, first_row=rows.start
+    )  # fmt: skip
+    h = mpk.new_tensor((80, k), torch.float32, name="h")
+    mpk.batch_linear_layer(plan=plan, input=x, weight=attach(before[rank], "before"), output=h)
+    mpk.batch_linear_with_residual_layer(
+        plan=plan, input=h, weight=attach(weights[rank], "w"), residual=x, next_norm=gain[1],
+        bias=attach(biases[rank], "bias"),
+    )  # fmt: skip
+    num_rows, most = rows.stop - rows.start, -(-vocab // world_size)
+    own = torch.full((3, most), torch.nan)
+    own[:, :num_rows] = logits[:, rows]
+    chunks = own[:, :num_rows].tensor_split(parts, dim=1)
+    begins = torch.tensor([0, *[chunk.shape[1] for chunk in chunks[:-1]]]).cumsum(0)
+    best = (
+        attach(torch.stack([chunk.max(1).values for chunk in chunks], 1), "best_value"),
+        attach((torch.stack([chunk.argmax(1) for chunk in chunks], 1) + begins).int(), "best_index"),
+    )
+    (all_value, all_index), all_logits = mpk.batch_gather_layer(
+        plan=plan, state=state, best=best, logits=attach(own, "logits"), first_row=rows.start, num_rows=num_rows,
+        vocab_size=vocab,
+    )  # fmt: skip
+    done = mpk.new_tensor((1,), torch.int32, name="done")
+    mpk.op_layer(REPEAT_STEP, logits=x.x, done=done, label="repeat")
+    mpk.op_layer(RANK_END_STEP, counters=done, label="end")
+    mpk.compile()
+    for handle in (x.x, x.normed, x.squares, x.parts, all_value, all_logits):
+        handle.data.fill_(torch.nan)
+    fill_plan(plan, {2: (5, ids[:66].tolist()), 0: (0, ids[66:].tolist())})
+    state.records.data[2, RECORD_CHOICE.value] = 1  # sequence 2 samples, 0 takes the best, 1 is not there
+    mpk.step.data.zero_()
+    assert list(mpk.runtime.run(LaunchRequest(1 << 20, 0))) == []
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    width, ranks = hidden // world_size, range(world_size)
+    tables = [table[first_rows[r] : first_rows[r + 1]] for r in ranks]
+    embedded = torch.stack([rank_batch_embedding_torch(ids, tables[r], first_rows[r]) for r in ranks])
+    columns_of = [slice(r * width, (r + 1) * width) for r in ranks]
+    begun = [rank_batch_residual_torch(torch.zeros(()), embedded[:, :, c], gains[0, c]) for c in columns_of]
+    normed, sums = torch.cat([each[1] for each in begun], 1), torch.stack([each[2] for each in begun])
+    inputs = [batch_linear_torch(normed, sums, before[r], 1e-6) for r in ranks]
+    close(h.data[:num_tokens], inputs[rank])
+    products = torch.stack([rank_batch_linear_torch(inputs[r], weights[r], biases[r]) for r in ranks])
+    squares = x.squares.data.view(-1, 80)[:, :num_tokens].view(world_size, -1, num_tokens)
+    for r, columns in enumerate(columns_of):
+        total, normed, sums = rank_batch_residual_torch(begun[r][0], products[:, :, columns], gains[1, columns])
+        close(x.normed.data.view(80, hidden)[:num_tokens, columns], normed)
+        close(squares[r].sum(0), sums)
+        if r == rank:
+            close(x.x.data[:num_tokens], total)
+    assert x.x.data[num_tokens:].isnan().all() and x.normed.data.view(80, hidden)[num_tokens:].isnan().all()
+    value, index, whole = rank_batch_gather_torch([logits[:, first_rows[r] : first_rows[r + 1]] for r in ranks])
+    found = all_logits.data.view(-1)[: 3 * vocab].view(3, vocab)
+    assert (
+        torch.equal(all_value.data.view(3, -1)[[0, 2]], value[[0, 2]]) and all_value.data.view(3, -1)[1].isnan().all()
+    )
+    assert torch.equal(all_index.data.view(3, -1)[[0, 2]].long(), index[[0, 2]])
+    assert torch.equal(found[2], whole[2]) and found[:2].isnan().all()
+    say("equal")
+    torch.distributed.destroy_process_group()
+
+
 @torch.no_grad()
 def batch_accuracy(name: str, length: int = 50, num_new: int = 16, number: int = 4, **options: Any) -> None:
     """On GPUs, in bf16: the logits of the last tokens of `number` texts, as `accuracy` looks at those of one."""
@@ -617,5 +720,5 @@ if __name__ == "__main__":
         decode, stop_on_one_rank, epochs, hang, lost_signal, dead_worker, refuse, checkpoint, bench, accuracy,
         emulated, baseline, graph,
         out_of_step, profile, sample, batch, serve_batch, different_requests, serve_and_hang, serve,
-        batch_accuracy,
+        batch_accuracy, batch_ops,
     )}[sys.argv[1]](**json.loads(sys.argv[2]))  # fmt: skip

@@ -25,6 +25,12 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ops_equal_their_references(num_ranks):
+    """More tokens than are added up at once, columns and rows of the vocabulary that no block divides, a bias."""
+    assert run_ranks(num_ranks, "batch_ops") == ["equal"] * num_ranks
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_gets_the_tokens_of_transformers(name):
     """More prompts than slots, chunks beside sequences that decode; the same bits on all ranks."""
