@@ -465,7 +465,7 @@ def serve(cancelling: int = 1) -> None:
 
 @torch.no_grad()
 def baseline() -> None:
-    """The baseline of several ranks, eagerly and with gloo, chooses transformers' tokens."""
+    """The baseline of several ranks, as torch.compile traces it, with gloo, chooses transformers' tokens."""
     from tri_mpk.distributed import connect, world
     from tri_mpk.rank_baseline import RankDecoder, nccl_reduce
     from tri_mpk.sharding import Shard, shard_model
@@ -477,10 +477,11 @@ def baseline() -> None:
     cpu = torch.device("cpu")
     decoder = RankDecoder(shard_model(theirs, shard, torch.float32, cpu), shard, nccl_reduce)
     decoder.allocate_cache(16)
+    next_token = decoder.compiled(backend="aot_eager")
     tokens = prompt(3, 97)[0].tolist()
     for position in range(6):
         token = torch.tensor(tokens[position : position + 1])
-        chosen = int(decoder.next_token(token, torch.tensor([position])))
+        chosen = int(next_token(token, torch.tensor([position])))
         if position + 1 == len(tokens):
             tokens.append(chosen)
     ranks.meet("the end")

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -17,12 +18,14 @@ from transformers import (
     Qwen3Config,
 )
 
+import tri_mpk.baseline
 from tri_mpk.baseline import (
     ATTENTIONS,
     BATCH_ATTENTIONS,
     StaticCacheDecoder,
     bucket,
     copy_bandwidth_gbps,
+    layers_per_graph,
     measure_baseline,
     measure_batches,
     prefill_ms,
@@ -262,3 +265,20 @@ def test_step_is_one_graph_that_updates_the_cache_in_place(attention: str):
         actual = [step(tokens[i : i + 1], torch.tensor([i])) for i in range(5)]
     torch.testing.assert_close(torch.cat(actual), expected)
     torch.testing.assert_close(decoder.k_cache, written)
+
+
+def test_layers_of_equal_shape_are_compiled_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tri_mpk.baseline, "MAX_LAYERS_PER_GRAPH", 2)
+    assert [layers_per_graph(num_layers) for num_layers in (1, 2, 3, 36)] == [1, 2, 1, 2]
+    decoder = StaticCacheDecoder(tiny_model("qwen3"), max_seq_len=16)
+    counter = CompileCounterWithBackend("aot_eager")
+    tokens, at = torch.randint(0, TINY["vocab_size"], (5, 1)), torch.arange(5)[:, None]
+    expected = [decoder.next_token(tokens[i], at[i]) for i in range(5)]
+    written = decoder.k_cache.clone()
+    decoder.allocate_cache(16)
+    torch.compiler.reset()
+    with torch.no_grad():
+        next_token = decoder.compiled(backend=counter)
+        assert [next_token(tokens[i], at[i]) for i in range(5)] == expected
+    torch.testing.assert_close(decoder.k_cache, written)
+    assert counter.frame_count == 3  # before the layers, any of the three layers, behind them

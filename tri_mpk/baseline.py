@@ -1,7 +1,7 @@
 """The strong kernel-per-operator baseline that the megakernel is measured against.
 
-Static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses and one CUDA graph
-replays, for one sequence or for a batch; transformers' own prefill; and the bandwidth of a device
+Static KV cache, plain torch functions that `torch.compile(fullgraph=True)` fuses, some layers at a time, and one CUDA
+graph replays, for one sequence or for a batch; transformers' own prefill; and the bandwidth of a device
 copy, the yardstick of bytes per token.
 """
 
@@ -11,6 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tri_mpk.reference import (
+    LayerWeights,
     check_supported,
     decode_layer,
     layer_weights,
@@ -43,6 +45,7 @@ __all__ = [
 
 ATTENTIONS = ("sdpa", "split")
 BATCH_ATTENTIONS = ("split", "rows")  # "sdpa" may expand k and v to all heads, which a batch makes dearer
+MAX_LAYERS_PER_GRAPH = 16
 SPLIT_TOKENS = 256  # KV entries per part of the "split" attention
 
 
@@ -53,6 +56,8 @@ class StaticCacheDecoder:
     views of it: no weight exists twice, and the model stays usable.
     k_cache, v_cache: [L, B, num_kv_heads, max_seq_len, head_dim], the dtype of the model.
     """
+
+    reduce: Callable[[Tensor], Tensor] | None = None  # see `decode_layer`
 
     def __init__(
         self,
@@ -85,28 +90,68 @@ class StaticCacheDecoder:
         self.positions = torch.arange(max_seq_len, device=device)
         self.cos, self.sin = rotary_tables(self.hf_model, self.positions, self.embedding.dtype)
 
-    def _logits(self, token: Tensor, position: Tensor) -> Tensor:
-        attention = _ATTEND[self.attention]
+    def begin(self, token: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """What all layers need: x [B, D], cos, sin [B, 1, 1, head_dim], mask [B, max_seq_len]."""
         mask = self.positions <= position[:, None]
+        return self.embed(token), self.cos[position][:, None, None], self.sin[position][:, None, None], mask
+
+    def embed(self, token: Tensor) -> Tensor:
+        return F.embedding(token, self.embedding)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        position: Tensor,
+        layers: Sequence[LayerWeights],
+        k_layers: Sequence[Tensor],
+        v_layers: Sequence[Tensor],
+    ) -> Tensor:
+        """x behind these layers, whose caches get its k and v. All are arguments, so that one graph does for many."""
 
         def attend(idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store(self._k_layers[idx], position, k)
-            store(self._v_layers[idx], position, v)
-            return attention(q, self._k_layers[idx], self._v_layers[idx], mask)
+            store(k_layers[idx], position, k)
+            store(v_layers[idx], position, v)
+            return _ATTEND[self.attention](q, k_layers[idx], v_layers[idx], mask)
 
-        x = F.embedding(token, self.embedding)
-        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
-        for idx, layer in enumerate(self.layers):
-            x = decode_layer(x, idx, layer, self.shape, cos, sin, attend)
+        for idx, layer in enumerate(layers):
+            x = decode_layer(x, idx, layer, self.shape, cos, sin, attend, self.reduce)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
         return F.linear(rms_norm(x, self.norm, self.shape.eps), *self.lm_head)
+
+    def choose(self, x: Tensor) -> Tensor:
+        return self.logits(x).argmax(-1)
+
+    def _run(self, begin: Callable, run_layers: Callable, end: Callable, token: Tensor, position: Tensor) -> Tensor:
+        x, cos, sin, mask = begin(token, position)
+        many = layers_per_graph(len(self.layers))
+        for first in range(0, len(self.layers), many):
+            some = slice(first, first + many)
+            of_layers = self.layers[some], self._k_layers[some], self._v_layers[some]
+            x = run_layers(x, cos, sin, mask, position, *of_layers)
+        return end(x)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         """token [B] int64 at position [B] int64 -> logits [B, vocab] fp32; stores its k and v."""
-        return self._logits(token, position).float()
+        return self._run(self.begin, self.run_layers, self.logits, token, position).float()
 
     def next_token(self, token: Tensor, position: Tensor) -> Tensor:
         """The greedy next token, [B] int64."""
-        return self._logits(token, position).argmax(-1)
+        return self._run(self.begin, self.run_layers, self.choose, token, position)
+
+    def compiled(self, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """`next_token` by torch.compile with these options, some layers at a time."""
+        compile_part = partial(torch.compile, fullgraph=True, dynamic=False, **options)
+        return partial(self._run, *map(compile_part, (self.begin, self.run_layers, self.choose)))
+
+
+def layers_per_graph(num_layers: int) -> int:
+    """How many layers are compiled together: one graph of all would save a launch for each of these, in minutes."""
+    return max(many for many in range(1, MAX_LAYERS_PER_GRAPH + 1) if num_layers % many == 0)
 
 
 def store(cache: Tensor, position: Tensor, new: Tensor) -> None:
@@ -313,7 +358,7 @@ def _time_decoder(
     start = time.perf_counter()
     if inductor_mode is not None:
         torch.compiler.reset()  # each bucket is compiled for its own static shapes
-        next_token = torch.compile(decoder.next_token, mode=inductor_mode, fullgraph=True, dynamic=False)
+        next_token = decoder.compiled(mode=inductor_mode)
         next_token(token, position)
     compile_s = time.perf_counter() - start
 
