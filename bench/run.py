@@ -35,6 +35,8 @@ def summary(report: dict) -> str:
         if "exposed_communication" in row:
             line += f", {row['no_communication_ms_p50']:.3f} ms without communication"
             line += f" ({row['exposed_communication']:.0%} exposed)"
+            if "hidden_communication" in row:  # older results lack it
+                line += f", {row['hidden_communication']:.0%} of {row['communication_ms']:.3f} ms hidden"
         if row["rel_l2"] is not None:
             line += f", relative L2 to fp32 {row['rel_l2']:.1e} (bf16 {row['rel_l2_bf16']:.1e})"
         lines.append(line)

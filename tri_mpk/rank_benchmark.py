@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from tri_mpk.account import RANK_EDITS, account, edited
+from tri_mpk.account import EDITS, RANK_EDITS, account, edited
 from tri_mpk.baseline import ATTENTIONS, copy_bandwidth_gbps
 from tri_mpk.batch_benchmark import (
     DEFAULT_BATCHES,
@@ -72,9 +72,8 @@ def run_rank_bench(
 ) -> dict[str, Any]:
     """As `run_bench`, on the ranks of torchrun; rank 0's report has everything, the others lack the baseline.
 
-    A row also has `no_communication_ms_p50`, of the same kernels each of which is its own peer: what is above that is
-    communication that nothing hides. Logits are checked where the whole model fits rank 0's GPU too. `baseline`: the
-    ways to add up that torch.compile is timed with (tri_mpk/rank_baseline.py); none: it is not timed.
+    A row also has what `communication_of` finds. Logits are checked where the whole model fits rank 0's GPU too.
+    `baseline`: the ways to add up that torch.compile is timed with (tri_mpk/rank_baseline.py); none: it is not timed.
     """
     config = geometry(geometry_name)
     name = next(known for known in GEOMETRIES if known.lower() == geometry_name.lower())
@@ -110,11 +109,9 @@ def run_rank_bench(
     rows = []
     for context in contexts:
         times = measure(model, context, num_tokens, launches)
-        with edited(model, RANK_EDITS["no communication"]):
-            alone = median_ms(model, context, num_tokens, launches)
-        exposed = 1.0 - alone / times["ms_p50"]
-        rows.append(subject.row(context, times, errors.get(context)))
-        rows[-1] |= {"no_communication_ms_p50": alone, "exposed_communication": exposed}
+        found = communication_of(model, times["ms_p50"], partial(median_ms, model, context, num_tokens, launches))
+        rows.append(subject.row(context, times, errors.get(context)) | found)
+        alone = found["no_communication_ms_p50"]
         say(f"context {context}, {times['ms_p50']:.3f} ms per token, {alone:.3f} without communication")
     report = subject.report(rows)
     report["settings"] |= of_ranks(world_size, reduce_dtype)
@@ -128,6 +125,27 @@ def run_rank_bench(
     del subject, model
     free_memory()
     return report
+
+
+def communication_of(model: CausalLM, whole_ms: float, measure: Callable[[], float]) -> dict[str, float]:
+    """How much of a step of `whole_ms` communication takes, and how much of it the copies of weights hide.
+
+    `no_communication_ms_p50` is of the same kernels, each of which is its own peer: what is above that is exposed.
+    `communication_ms` is the same difference where no weights are copied, so that nothing can hide it; the
+    hidden share is what is less of that in the real step.
+    """
+    ms = {}
+    for name in ("no communication", "no weights copied", "no communication, no weights copied"):
+        with edited(model, (EDITS | RANK_EDITS)[name]):
+            ms[name] = measure()
+    exposed_ms = whole_ms - ms["no communication"]
+    bare_ms = ms["no weights copied"] - ms["no communication, no weights copied"]
+    return {
+        "no_communication_ms_p50": ms["no communication"],
+        "exposed_communication": exposed_ms / whole_ms,
+        "communication_ms": bare_ms,
+        "hidden_communication": 1.0 - exposed_ms / bare_ms if bare_ms > 0 else 0.0,
+    }
 
 
 def run_rank_batches(
