@@ -14,15 +14,16 @@ import triton.language as tl
 
 from tri_mpk.ops.batch_gemm import (
     MANY,
+    begin_weights,
     for_all_tokens,
     multiply_rows,
-    prefetch_rows,
     residual_reads,
     store_rows,
     token_rstd,
 )
 from tri_mpk.ops.batch_linear import batch_linear_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.ops.panels import panel_streams
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
 from tri_mpk.scheduler.peers import wait_for_any
@@ -38,9 +39,11 @@ def finish_gated(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr)
     return state
 
 
-@triton.jit(noinline=True)
-def gated_linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
-    row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr = args
+@triton.jit
+def gated_linear_of_tokens(
+    first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr
+):
+    ring, row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr = args
     K: tl.constexpr = CONSTANTS[1]
     EPS: tl.constexpr = CONSTANTS[2]
     NUM_PARTS: tl.constexpr = CONSTANTS[3]
@@ -49,8 +52,8 @@ def gated_linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOK
     is_token = token < num_tokens
     rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
     multiply_rows(
-        row0, num_rows, gate_ptr, up_ptr, xb_ptr, token, is_token, (),
-        (h_ptr, token, rstd), finish_gated, CONSTANTS, K, True, 1, TOKENS,
+        ring, first, row0, num_rows, gate_ptr, up_ptr, xb_ptr, token, is_token, (),
+        (h_ptr, token, rstd), finish_gated, CONSTANTS, K, True, 1, TOKENS, PANELS,
     )  # fmt: skip
 
 
@@ -58,16 +61,19 @@ def gated_linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOK
 def batch_gated_linear_tile(
     task, event_ptr, control_ptr, epoch,
     num_tokens_ptr, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr,  # in, in, in, in, in, out
-    row0, num_rows,
+    row0, num_rows, xb_map_addr,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, PANELS: tl.constexpr, RANKS: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    prefetch_rows(gate_ptr, up_ptr, row0, num_rows, K, True, 1, PORTABLE)
+    ring = begin_weights(
+        task, control_ptr, num_tokens, xb_map_addr, gate_ptr, up_ptr, row0, num_rows, K, True, 1, PANELS, PORTABLE
+    )
     wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     for_all_tokens(
-        num_tokens, (row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr),
-        gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, MANY,
+        num_tokens, (ring, row0, num_rows, xb_ptr, squares_ptr, gate_ptr, up_ptr, h_ptr),
+        gated_linear_of_tokens, (N, K, EPS, NUM_PARTS, MAX_TOKENS), MAX_TOKENS, MANY, PANELS,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -85,9 +91,11 @@ def cut_batch_gated_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight_gate.dims
+    ranges = list(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers)))
+    streams, x_map = panel_streams(machine, weight_gate, ranges, input, weight_up)
     residual, sizes = residual_reads(k, input, squares)
     cut = Cut(
-        {"N": num_rows, "K": k, "EPS": eps} | sizes,
+        {"N": num_rows, "K": k, "EPS": eps, "PANELS": x_map is not None} | sizes,
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares,
             "gate_ptr": weight_gate, "up_ptr": weight_up, "h_ptr": output,
@@ -95,7 +103,7 @@ def cut_batch_gated_linear(
     )  # fmt: skip
     whole = (num_tokens.whole(), *residual)
     addresses = cut.addresses()
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
+    for i, (lo, hi) in enumerate(ranges):
         cut.tasks.append(
             Task(
                 op=0,
@@ -103,7 +111,8 @@ def cut_batch_gated_linear(
                 reads=(*whole, weight_gate.span(lo * k, hi * k), weight_up.span(lo * k, hi * k)),
                 writes=(output.columns(lo, hi),),
                 cost_bytes=2 * (hi - lo) * k * weight_gate.dtype.itemsize,
-                fields=addresses | {"row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"row0": lo, "num_rows": hi - lo, "xb_map_addr": x_map or 0},
+                panels=streams[i],
             )
         )
     return cut

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.op import TensorHandle
+from tri_mpk.ops.panels import PANEL_TOKENS, begin_panels, multiply_panels
 from tri_mpk.scheduler.graph import Region
 
 ROWS = tl.constexpr(64)  # the least that `wgmma` takes
@@ -26,6 +27,17 @@ SOME = tl.constexpr(64)
 MANY = tl.constexpr(128)
 SUM_PARTS = tl.constexpr(32)
 TILES_BYTES = tl.constexpr(192 << 10)  # of weights and activations, on their way and being multiplied
+
+
+@triton.jit
+def begin_weights(
+    task, control_ptr, num_tokens, x_map_addr, weight_ptr, second_ptr, row0, num_rows,
+    K: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr, PANELS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Before a task's wait: has memory bring the weights that it reads first. Returns the ring, for `multiply_rows`."""
+    if not PANELS:
+        prefetch_rows(weight_ptr, second_ptr, row0, num_rows, K, GATED, HALVES, PORTABLE)
+    return begin_panels(task, control_ptr, num_tokens, x_map_addr, PANELS)
 
 
 @triton.jit
@@ -61,39 +73,64 @@ def even_block(num_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def for_all_tokens(
-    num_tokens, args, FOR_TOKENS: tl.constexpr, CONSTANTS: tl.constexpr, MAX_TOKENS: tl.constexpr, LARGEST: tl.constexpr
-):
-    """FOR_TOKENS(first, num_tokens, args, CONSTANTS, TOKENS) until all tokens, from `first` on, have had their turn.
+    num_tokens, args, FOR_TOKENS: tl.constexpr, CONSTANTS: tl.constexpr, MAX_TOKENS: tl.constexpr,
+    LARGEST: tl.constexpr, PANELS: tl.constexpr,
+):  # fmt: skip
+    """FOR_TOKENS(first, num_tokens, args, CONSTANTS, TOKENS, PANELS) until all tokens have had their turn.
 
     LARGEST: SOME for what has not registers enough for MANY: halves of K, and the residual stream.
     """
-    if num_tokens <= FEW:
+    if PANELS:
+        for first in tl.range(0, num_tokens, PANEL_TOKENS, num_stages=1, disable_licm=True):
+            FOR_TOKENS(first, num_tokens, args, CONSTANTS, PANEL_TOKENS, True)
+    elif num_tokens <= FEW:
         if num_tokens > 0:
-            FOR_TOKENS(0, num_tokens, args, CONSTANTS, FEW)
+            FOR_TOKENS(0, num_tokens, args, CONSTANTS, FEW, False)
     elif MAX_TOKENS > FEW:
-        if LARGEST == SOME:
-            for first in tl.range(0, num_tokens, SOME, num_stages=1, disable_licm=True):
-                FOR_TOKENS(first, num_tokens, args, CONSTANTS, SOME)
-        elif num_tokens <= SOME:
-            FOR_TOKENS(0, num_tokens, args, CONSTANTS, SOME)
+        if num_tokens <= SOME:
+            FOR_TOKENS(0, num_tokens, args, CONSTANTS, SOME, False)
         elif MAX_TOKENS > SOME:
-            for first in tl.range(0, num_tokens, MANY, num_stages=1, disable_licm=True):
-                FOR_TOKENS(first, num_tokens, args, CONSTANTS, MANY)
+            for first in tl.range(0, num_tokens, LARGEST, num_stages=1, disable_licm=True):
+                FOR_TOKENS(first, num_tokens, args, CONSTANTS, LARGEST, False)
 
 
 @triton.jit
 def multiply_rows(
-    row0, num_rows, weight_ptr, second_ptr, x_ptr, x_row, is_token, state, args,
+    ring, first, row0, num_rows, weight_ptr, second_ptr, x_ptr, x_row, is_token, state, args,
     FINISH: tl.constexpr, CONSTANTS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, PANELS: tl.constexpr,
 ):  # fmt: skip
     """A task's rows of a matrix times the rows `x_row` [TOKENS] of x, block by block.
+
+    PANELS: from the ring; x_row are TOKENS rows from `first` on then.
 
     Each block ends in state = FINISH(product [rows, TOKENS] fp32, row, is_row, is_token, state, args, CONSTANTS).
     GATED: a block is of ROWS / 2 rows of each of two matrices; row and is_row are those ROWS / 2.
     HALVES = 2: A are both halves of ROWS / 2 rows, one below the other, and B both halves of the tokens; of the product
     only what is of one half counts. A task of few rows so fills the shared memory with weights.
     """
+    if PANELS:
+        BLOCK: tl.constexpr = ROWS // 2 if GATED or HALVES == 2 else ROWS
+        PRODUCT_ROWS: tl.constexpr = ROWS // 2 if HALVES == 2 else ROWS
+        state = multiply_panels(
+            ring, first, num_rows, even_block(num_rows, BLOCK), is_token, state, args,
+            FINISH, CONSTANTS, K, BLOCK, PRODUCT_ROWS, weight_ptr.dtype.element_ty,
+        )  # fmt: skip
+    else:
+        state = multiply_loaded(
+            row0, num_rows, weight_ptr, second_ptr, x_ptr, x_row, is_token, state, args,
+            FINISH, CONSTANTS, K, GATED, HALVES, TOKENS,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
+def multiply_loaded(
+    row0, num_rows, weight_ptr, second_ptr, x_ptr, x_row, is_token, state, args,
+    FINISH: tl.constexpr, CONSTANTS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, HALVES: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`multiply_rows` by loads that Triton turns into asynchronous copies, some tiles ahead."""
     BLOCK: tl.constexpr = ROWS // 2 if GATED or HALVES == 2 else ROWS
     ITEM: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     TILE_K: tl.constexpr = 256 // ITEM

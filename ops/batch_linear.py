@@ -15,15 +15,16 @@ import triton.language as tl
 from tri_mpk.ops.batch_gemm import (
     MANY,
     SOME,
+    begin_weights,
     for_all_tokens,
     halves,
     multiply_rows,
-    prefetch_rows,
     residual_reads,
     store_rows,
     token_rstd,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.ops.panels import panel_streams
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.graph import Task
 from tri_mpk.scheduler.peers import wait_for_any
@@ -36,9 +37,9 @@ def finish_linear(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr
     return state
 
 
-@triton.jit(noinline=True)
-def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
-    row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr = args
+@triton.jit
+def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr):
+    ring, row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr = args
     K: tl.constexpr = CONSTANTS[1]
     EPS: tl.constexpr = CONSTANTS[2]
     NUM_PARTS: tl.constexpr = CONSTANTS[4]
@@ -48,8 +49,8 @@ def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: t
     is_token = token < num_tokens
     rstd = token_rstd(squares_ptr, token, is_token, K, EPS, NUM_PARTS, MAX_TOKENS)
     multiply_rows(
-        row0, num_rows, weight_ptr, weight_ptr, xb_ptr, token, is_token, (),
-        (y_ptr, bias_ptr, token, rstd), finish_linear, CONSTANTS, K, False, HALVES, TOKENS,
+        ring, first, row0, num_rows, weight_ptr, weight_ptr, xb_ptr, token, is_token, (),
+        (y_ptr, bias_ptr, token, rstd), finish_linear, CONSTANTS, K, False, HALVES, TOKENS, PANELS,
     )  # fmt: skip
 
 
@@ -57,18 +58,21 @@ def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: t
 def batch_linear_tile(
     task, event_ptr, control_ptr, epoch,
     num_tokens_ptr, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr,  # in, in, in, in, in, out
-    row0, num_rows,
+    row0, num_rows, xb_map_addr,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr, RANKS: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr, PANELS: tl.constexpr,
+    RANKS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
+    ring = begin_weights(
+        task, control_ptr, num_tokens, xb_map_addr, weight_ptr, weight_ptr, row0, num_rows,
+        K, False, HALVES, PANELS, PORTABLE,
+    )  # fmt: skip
     wait_for_any(task, event_ptr, control_ptr, epoch, RANKS, PORTABLE)
     for_all_tokens(
-        num_tokens, (row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr),
+        num_tokens, (ring, row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr),
         linear_of_tokens, (N, K, EPS, HAS_BIAS, NUM_PARTS, MAX_TOKENS, HALVES), MAX_TOKENS,
-        SOME if HALVES == 2 else MANY,
+        SOME if HALVES == 2 else MANY, PANELS,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -86,11 +90,14 @@ def cut_batch_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight.dims
+    ranges = list(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers)))
+    most = max(hi - lo for lo, hi in ranges)
+    streams, x_map = panel_streams(machine, weight, ranges, input)
     residual, sizes = residual_reads(k, input, squares)
     cut = Cut(
         {
             "N": num_rows, "K": k, "EPS": eps, "HAS_BIAS": bias is not None,
-            "HALVES": halves(-(-num_rows // min(num_rows, grid_dim or machine.num_workers))),
+            "HALVES": halves(most), "PANELS": x_map is not None,
         } | sizes,
         {
             "num_tokens_ptr": num_tokens, "xb_ptr": input, "squares_ptr": squares, "weight_ptr": weight,
@@ -99,7 +106,7 @@ def cut_batch_linear(
     )  # fmt: skip
     whole = (num_tokens.whole(), *residual)
     addresses = cut.addresses()
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
+    for i, (lo, hi) in enumerate(ranges):
         cut.tasks.append(
             Task(
                 op=0,
@@ -107,7 +114,8 @@ def cut_batch_linear(
                 reads=(*whole, weight.span(lo * k, hi * k)) + ((bias.span(lo, hi),) if bias else ()),
                 writes=(output.columns(lo, hi),),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields=addresses | {"row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"row0": lo, "num_rows": hi - lo, "xb_map_addr": x_map or 0},
+                panels=streams[i],
             )
         )
     return cut

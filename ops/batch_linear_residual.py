@@ -14,14 +14,15 @@ import triton.language as tl
 
 from tri_mpk.ops.batch_gemm import (
     SOME,
+    begin_weights,
     for_all_tokens,
     halves,
     multiply_rows,
     normed_torch,
-    prefetch_rows,
     store_residual,
 )
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.ops.panels import panel_streams
 from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
@@ -38,9 +39,11 @@ def finish_residual(y, row, is_row, is_token, squares, args, CONSTANTS: tl.const
     return squares + store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
 
 
-@triton.jit(noinline=True)
-def linear_residual_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
-    part, row0, num_rows, inputs, outputs = args
+@triton.jit
+def linear_residual_of_tokens(
+    first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr
+):
+    ring, part, row0, num_rows, inputs, outputs = args
     K: tl.constexpr = CONSTANTS[1]
     MAX_TOKENS: tl.constexpr = CONSTANTS[3]
     HALVES: tl.constexpr = CONSTANTS[4]
@@ -49,8 +52,8 @@ def linear_residual_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, 
     token = first + tl.arange(0, TOKENS)
     is_token = token < num_tokens
     squares = multiply_rows(
-        row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, tl.zeros([TOKENS], tl.float64),
-        (x_ptr, xb_ptr, bias_ptr, gain_ptr, token), finish_residual, CONSTANTS, K, False, HALVES, TOKENS,
+        ring, first, row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, tl.zeros([TOKENS], tl.float64),
+        (x_ptr, xb_ptr, bias_ptr, gain_ptr, token), finish_residual, CONSTANTS, K, False, HALVES, TOKENS, PANELS,
     )  # fmt: skip
     tl.store(squares_ptr + part * MAX_TOKENS + token, squares.to(tl.float32), mask=is_token)
 
@@ -60,17 +63,20 @@ def batch_linear_residual_tile(
     task, event_ptr, control_ptr, epoch,
     num_tokens_ptr, h_ptr, weight_ptr, bias_ptr, gain_ptr,  # in
     x_ptr, xb_ptr, squares_ptr,  # in and out, out, out
-    part, row0, num_rows,
+    part, row0, num_rows, h_map_addr,
     N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    PANELS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
+    ring = begin_weights(
+        task, control_ptr, num_tokens, h_map_addr, weight_ptr, weight_ptr, row0, num_rows,
+        K, False, HALVES, PANELS, PORTABLE,
+    )  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     for_all_tokens(
         num_tokens,
-        (part, row0, num_rows, (h_ptr, weight_ptr, bias_ptr, gain_ptr), (x_ptr, xb_ptr, squares_ptr)),
-        linear_residual_of_tokens, (N, K, HAS_BIAS, MAX_TOKENS, HALVES), MAX_TOKENS, SOME,
+        (ring, part, row0, num_rows, (h_ptr, weight_ptr, bias_ptr, gain_ptr), (x_ptr, xb_ptr, squares_ptr)),
+        linear_residual_of_tokens, (N, K, HAS_BIAS, MAX_TOKENS, HALVES), MAX_TOKENS, SOME, PANELS,
     )  # fmt: skip
     signal(task, event_ptr, PORTABLE)
 
@@ -92,10 +98,12 @@ def cut_batch_linear_residual(
     num_parts, max_tokens = squares.dims
     if grid_dim not in (None, num_parts):
         raise ValueError(f"squares={squares.name} is for {num_parts} tasks, got grid_dim={grid_dim}; leave it out")
+    ranges = list(even_ranges(num_rows, num_parts))
+    streams, h_map = panel_streams(machine, weight, ranges, input)
     cut = Cut(
         {
             "N": num_rows, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens,
-            "HALVES": halves(-(-num_rows // num_parts)),
+            "HALVES": halves(-(-num_rows // num_parts)), "PANELS": h_map is not None,
         },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or squares,
@@ -103,7 +111,7 @@ def cut_batch_linear_residual(
         },
     )  # fmt: skip
     whole, addresses = (num_tokens.whole(), input.columns(0, k)), cut.addresses()
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, num_parts)):
+    for i, (lo, hi) in enumerate(ranges):
         x = residual.columns(lo, hi)
         reads = (*whole, weight.span(lo * k, hi * k), gain.span(lo, hi), x)
         cut.tasks.append(
@@ -113,7 +121,8 @@ def cut_batch_linear_residual(
                 reads=reads + ((bias.span(lo, hi),) if bias else ()),
                 writes=(x, normed.columns(lo, hi), squares.box((i, i + 1), (0, max_tokens))),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields=addresses | {"part": i, "row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"part": i, "row0": lo, "num_rows": hi - lo, "h_map_addr": h_map or 0},
+                panels=streams[i],
             )
         )
     return cut

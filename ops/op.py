@@ -55,6 +55,33 @@ class TensorHandle:
         return Region(self.name, box)
 
 
+TENSOR_MAPS = "tensor_maps"  # the tensor that holds them
+TENSOR_MAP_WORDS = 16  # int64
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """Tells the copy engine how a matrix of 16-bit numbers lies in memory, and what one request brings: 64 columns of
+    `box_rows` rows, swizzled by 128 bytes, zeros where there is nothing.
+    """
+
+    tensor: str
+    num_rows: int
+    num_columns: int
+    box_rows: int
+
+
+class TensorMaps:
+    """Those that a kernel needs. The runtime makes them, since they hold addresses."""
+
+    def __init__(self) -> None:
+        self.places: dict[TensorMap, int] = {}
+
+    def of(self, tensor: TensorHandle, num_rows: int, num_columns: int, box_rows: int) -> Address:
+        place = self.places.setdefault(TensorMap(tensor.name, num_rows, num_columns, box_rows), len(self.places))
+        return Address(TENSOR_MAPS, place * TENSOR_MAP_WORDS)
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a cut may know about where it will run."""
@@ -62,6 +89,7 @@ class Machine:
     num_workers: int
     block_n: int  # rows of a weight tile, where there is no ring
     slot_bytes: int  # of the weight rings in shared memory; 0: there are none
+    maps: TensorMaps | None = None  # of weights that come in panels (ops/panels.py); None: there is no `wgmma`
 
     @property
     def ring(self) -> bool:

@@ -16,8 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from tri_mpk.ops.batch_gemm import SOME, for_all_tokens, halves, multiply_rows, prefetch_rows, store_rows
+from tri_mpk.ops.batch_gemm import (
+    SOME,
+    begin_weights,
+    for_all_tokens,
+    halves,
+    multiply_rows,
+    store_rows,
+)
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
+from tri_mpk.ops.panels import panel_streams
 from tri_mpk.scheduler.device import wait
 from tri_mpk.scheduler.graph import Region, Task
 from tri_mpk.scheduler.peers import at_peer, signal_ranks
@@ -30,16 +38,16 @@ def finish_parts(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr)
     return state
 
 
-@triton.jit(noinline=True)
-def parts_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr):
-    row0, num_rows, h_ptr, weight_ptr, bias_ptr, parts_ptr = args
+@triton.jit
+def parts_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr):
+    ring, row0, num_rows, h_ptr, weight_ptr, bias_ptr, parts_ptr = args
     K: tl.constexpr = CONSTANTS[1]
     HALVES: tl.constexpr = CONSTANTS[3]
     token = first + tl.arange(0, TOKENS)
     is_token = token < num_tokens
     multiply_rows(
-        row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, (), (parts_ptr, bias_ptr, token),
-        finish_parts, CONSTANTS, K, False, HALVES, TOKENS,
+        ring, first, row0, num_rows, weight_ptr, weight_ptr, h_ptr, token, is_token, (), (parts_ptr, bias_ptr, token),
+        finish_parts, CONSTANTS, K, False, HALVES, TOKENS, PANELS,
     )  # fmt: skip
 
 
@@ -47,17 +55,20 @@ def parts_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl
 def rank_batch_linear_tile(
     task, event_ptr, control_ptr, epoch,
     num_tokens_ptr, h_ptr, weight_ptr, bias_ptr, parts_ptr,  # in, in, in, in, out
-    place, row0, num_rows,
+    place, row0, num_rows, h_map_addr,
     WIDTH: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, MAX_TOKENS: tl.constexpr, HALVES: tl.constexpr,
-    SIZE: tl.constexpr, PORTABLE: tl.constexpr,
+    SIZE: tl.constexpr, PANELS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     num_tokens = tl.load(num_tokens_ptr)
-    prefetch_rows(weight_ptr, weight_ptr, row0, num_rows, K, False, HALVES, PORTABLE)
+    ring = begin_weights(
+        task, control_ptr, num_tokens, h_map_addr, weight_ptr, weight_ptr, row0, num_rows,
+        K, False, HALVES, PANELS, PORTABLE,
+    )  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     for_all_tokens(
         num_tokens,
-        (row0, num_rows, h_ptr, weight_ptr, bias_ptr, at_peer(task, parts_ptr + place, 0, SIZE, PORTABLE)),
-        parts_of_tokens, (WIDTH, K, HAS_BIAS, HALVES), MAX_TOKENS, SOME,
+        (ring, row0, num_rows, h_ptr, weight_ptr, bias_ptr, at_peer(task, parts_ptr + place, 0, SIZE, PORTABLE)),
+        parts_of_tokens, (WIDTH, K, HAS_BIAS, HALVES), MAX_TOKENS, SOME, PANELS,
     )  # fmt: skip
     signal_ranks(task, event_ptr, 1, PORTABLE)
 
@@ -96,10 +107,12 @@ def cut_rank_batch_linear(
     (num_rows, k), num_ranks = weight.dims, parts.dims[0]
     width, max_tokens = num_rows // num_ranks, input.dims[0]
     each = list(shares(rank, parts, width, grid_dim or machine.num_workers))
+    streams, h_map = panel_streams(machine, weight, [(share.lo, share.hi) for share in each], input)
     cut = Cut(
         {
             "WIDTH": width, "K": k, "HAS_BIAS": bias is not None, "MAX_TOKENS": max_tokens,
             "HALVES": halves(max(share.hi - share.lo for share in each)), "SIZE": parts.dtype.itemsize,
+            "PANELS": h_map is not None,
         },
         {
             "num_tokens_ptr": num_tokens, "h_ptr": input, "weight_ptr": weight, "bias_ptr": bias or input,
@@ -115,7 +128,8 @@ def cut_rank_batch_linear(
                 reads=(*whole, weight.span(lo * k, hi * k)) + ((bias.span(lo, hi),) if bias else ()),
                 writes=(),
                 cost_bytes=(hi - lo) * k * weight.dtype.itemsize,
-                fields=addresses | {"place": place, "row0": lo, "num_rows": hi - lo},
+                fields=addresses | {"place": place, "row0": lo, "num_rows": hi - lo, "h_map_addr": h_map or 0},
+                panels=streams[i],
                 pushes=(pushed,),
                 ahead=ahead,
             )

@@ -25,6 +25,7 @@ from .graph import (
     Address,
     Events,
     EventUse,
+    PanelStream,
     Schedule,
     TaskGraph,
     Value,
@@ -186,6 +187,13 @@ def pack(
         put(record, word + 2, stream.rows * row_bytes)
         put(record, word + 3, stream.slot_rows * row_bytes)
 
+    def put_panels(record: int, stream: PanelStream, following: PanelStream | None) -> None:
+        word, goes_on = TASK_STREAM.value, 0 if following is None else 1 + following.few_only
+        put(record, word, stream.start)
+        put(record, word + 1, stream.second or 0)
+        put(record, word + 2, stream.row)
+        put(record, word + 3, stream.panels | stream.request_bytes << 8 | goes_on << 32)
+
     def put_task(i: int, task_idx: int) -> None:
         task = graph.tasks[task_idx]
         words[i][TASK_VARIANT.value] = task.variant | task_idx << 32
@@ -246,6 +254,9 @@ def pack(
                 continue
             put_task(i, entry)
             task = graph.tasks[entry]
+            if task.panels:
+                following = queue[i + 1 - record] if i + 1 < end else -1
+                put_panels(i, task.panels, graph.tasks[following].panels if following >= 0 else None)
             if task.stream:
                 put_stream(i, task.stream)
                 words[i][TASK_STREAM_INDEX.value] = stream | num_streams << 32
@@ -255,6 +266,8 @@ def pack(
     for i, task_idx in enumerate((task for tasks in schedule.pools for task in tasks), num_queued):
         words[i][TASK_STREAM_INDEX.value] = WORD_MASK
         put_task(i, task_idx)
+        if panels := graph.tasks[task_idx].panels:
+            put_panels(i, panels, None)
     return PackedQueues(
         np.array(words, dtype=np.int64),
         starts,

@@ -16,7 +16,7 @@ TASK_VARIANT = tl.constexpr(0)  # variant | task index << 32
 TASK_WAIT = tl.constexpr(1)  # event counter to wait for: its index in event_ptr
 TASK_WAIT_COUNT = tl.constexpr(2)  # signals per step; 0: nothing to wait for
 TASK_SIGNALS = tl.constexpr(3)  # two words, four int32 counter indices, -1 where unused
-TASK_STREAM = tl.constexpr(5)  # four words: the weights that this task reads
+TASK_STREAM = tl.constexpr(5)  # four words: the weights that this task reads, a WeightStream or a PanelStream
 TASK_STREAM_INDEX = tl.constexpr(9)  # which of the worker's streams that is (-1: none) | how many it has << 32
 TASK_FIELDS = tl.constexpr(10)
 

@@ -95,6 +95,18 @@ class WeightStream:
     second: Address | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PanelStream:
+    """The weights a task reads by tensor maps, from row `row` of one matrix or of two on: see ops/panels.py."""
+
+    start: Address  # of a tensor map
+    second: Address | None
+    row: int
+    panels: int  # of a slot
+    request_bytes: int
+    few_only: bool  # not in steps of many tokens
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """One tile of one op, run by one worker without a break."""
@@ -107,6 +119,7 @@ class Task:
     variant: int = 0  # branch of the generated kernel
     fields: dict[str, int | Address | EventUse] = field(default_factory=dict)
     stream: WeightStream | None = None
+    panels: PanelStream | None = None
     announces: tuple[str, ...] = ()  # values of which it gives the signals of those who are absent
     # of kernels on several ranks, see ranks.py
     pushes: tuple[Region, ...] = ()  # of symmetric tensors, less the first coordinate: written on ranks it reaches

@@ -58,10 +58,10 @@ def transformers_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedMod
     return model
 
 
-def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+def in_bfloat16(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model's weights converted, as `from_pretrained` loads them: `.to` alone rounds the rotary frequencies too."""
     rotary = type(model.model.rotary_emb)(config=model.config).to(model.device)
-    model = model.to(torch.bfloat16)
+    model = model.to(dtype)
     model.model.rotary_emb = rotary
     return model
 

@@ -12,15 +12,20 @@ from typing import Any
 import pytest
 
 from ahead import ahead
+from panel_programs import serving_program
 from test_aot import MAX_REGISTERS, MAX_SHARED_BYTES, clean_environment
+from tri_mpk.generator import generate, write_source
 from tri_mpk.ops.batch_gemm import TILES_BYTES
+from tri_mpk.ops.panels import OTHER_BYTES
 
-# The last two numbers of a case: ranks, and words that are spilled, most of them in `advance`, a task a step.
+# The last two numbers of a case: ranks, and the instructions that write or read spilled words. Some are in `advance`, a
+# task a step; most in products, which are inlined, since none with `wgmma` may be called.
 
 # Two layers have all variants. In a process of its own: see test_aot.py.
 REPORT = """
-import dataclasses, json, re, sys
+import dataclasses, json, re, subprocess, sys, tempfile
 import torch
+import triton
 from transformers import LlamaConfig
 from tri_mpk.aot import compile_for, resources
 from tri_mpk.batch_kernel import BatchKernel
@@ -52,7 +57,13 @@ plan = SharedMemoryPlan.divide(program, compiled.metadata.shared, 227 << 10)
 ptx = compiled.asm["ptx"]
 copies = [int(size, 0) for size in re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global [^;]*?, (0x[0-9a-f]+)", ptx)]
 widths = {str(size): copies.count(size) for size in set(copies)}
-counts = {what: ptx.count(what) for what in ("wgmma.mma", "mma.sync")}
+counts = {what: ptx.count(what) for what in ("wgmma.mma", "mma.sync", "cp.async.bulk.tensor")}
+with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+    cubin.write(compiled.asm["cubin"])
+    cubin.flush()
+    dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
+    sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+counts |= {what: len(re.findall(rf"\\b{what}\\b", sass)) for what in ("HGMMA", "WARPGROUP.ARRIVE")}
 print(json.dumps(resources(compiled) | dataclasses.asdict(plan) | {"copies": widths} | counts))
 """
 
@@ -73,14 +84,14 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
 @pytest.fixture(
     scope="module",
     params=[
-        ("Qwen3-8B", 64, 256, "static", 1, 64),
-        ("Qwen3-8B", 64, 256, "static", 2, 64),
-        ("small", 8, 64, "static", 1, 32),  # matrices whose K is a single tile
-        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 32), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 24), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 66), marks=pytest.mark.slow),
-        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 40), marks=pytest.mark.slow),
-        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 64), marks=pytest.mark.slow),
+        ("Qwen3-8B", 64, 256, "static", 1, 335),
+        ("Qwen3-8B", 64, 256, "static", 2, 216),
+        ("small", 8, 64, "static", 1, 117),  # matrices whose K is a single tile
+        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 209), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 187), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 301), marks=pytest.mark.slow),
+        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 203), marks=pytest.mark.slow),
+        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 234), marks=pytest.mark.slow),
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )
@@ -92,5 +103,44 @@ def test_batch_kernels_fit_hopper(report: dict[str, Any]):
     assert report["registers"] <= MAX_REGISTERS and report["spills"] <= report["known_spills"]
     assert TILES_BYTES.value <= report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] == report["bulk_copies"] == 0
-    assert list(report["copies"]) == ["16"] and report["copies"]["16"] > 50, "weights, activations, keys and values"
+    assert list(report["copies"]) == ["16"] and report["copies"]["16"] >= 24, "keys and values; the head's many tokens"
     assert report["wgmma.mma"] > 0 and report["mma.sync"] > 0, "matrices; attention"
+
+
+def test_weights_of_long_rows_come_in_panels(request: pytest.FixtureRequest, report: dict[str, Any]):
+    name, _, _, _, ranks, _ = request.node.callspec.params["report"]
+    assert (report["cp.async.bulk.tensor"] > 0) == (name != "small" and ranks == 1)
+
+
+def test_matrix_instructions_do_not_wait_for_each_other(request: pytest.FixtureRequest, report: dict[str, Any]):
+    """Where ptxas serialises them, for want of registers or behind a call, each has a fence of its own."""
+    _, _, tokens, _, ranks, _ = request.node.callspec.params["report"]
+    if ranks > 1 and tokens > 64:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="C7512: loops of 128 tokens want more registers"))
+    assert report["HGMMA"] >= 4 * report["WARPGROUP.ARRIVE"] > 0
+
+
+# The compiler's shared memory in a kernel in a file.
+SHARED = """
+import sys
+from pathlib import Path
+from tri_mpk.aot import compile_for
+print(compile_for(Path(sys.argv[1]), "sm_90").metadata.shared)
+"""
+
+
+def test_products_leave_the_rings_alone():
+    """Those lie in what is the compiler's, too, and stay filled from one product to the next."""
+    programs = [serving_program(hidden_size=2048, ranks=ranks) for ranks in (1, 2)]
+    products = {variant: None for program in programs for variant in program.variants if variant.reads_panels}
+    assert {variant.op.name for variant in products} == {
+        "batch_linear", "batch_linear_residual", "batch_gated_linear", "batch_linear_parts", "batch_lm_head"
+    }  # fmt: skip
+    source = generate(list(products), programs[1].constants)
+    many_tokens = "if few == 0:"  # of the head, without panels: no ring goes on there
+    assert source.count(many_tokens) == 1
+    path = write_source(source.replace(many_tokens, "if not PANELS:"))
+    command = [sys.executable, "-c", SHARED, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert 0 < int(result.stdout) <= OTHER_BYTES.value

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from decoders import tiny_config
 from golden.regenerate import GOLDEN, small_source
+from panel_programs import serving_kernel, serving_program
 from tri_mpk import generator
 from tri_mpk.aot import compile_for, parse_target, resources
 from tri_mpk.loading import empty_model
@@ -153,6 +154,40 @@ def test_cache_folder(monkeypatch, tmp_path):
 def test_golden_file():
     """If you meant to change the generated code: `python tests/golden/regenerate.py`, and read the diff."""
     assert GOLDEN.read_text() == small_source()
+
+
+# ---- panels ----
+
+
+@pytest.mark.parametrize(("policy", "ranks"), [("static", 1), ("dynamic", 1), ("static", 2)])
+def test_a_kernel_with_panels_starts_them_once_before_its_first_task(policy, ranks):
+    program = serving_program(policy=policy, ranks=ranks)
+    assert any(variant.reads_panels for variant in program.variants)
+    loop = program.source.split("# ---- megakernel ----")[1]
+    assert loop.count("start_panels(smem)") == 1
+    assert loop.index("    ring = start_ring") < loop.index("    start_panels(smem)") < loop.index("    fetch_task")
+    assert loop.count("PANELS=True") == sum(variant.reads_panels for variant in program.variants)
+    assert "def start_panels(" in program.source and "def multiply_block(" in program.source
+
+
+def test_a_kernel_without_panels_knows_nothing_of_them():
+    without_wgmma = serving_kernel()
+    without_wgmma.has_wgmma = False
+    for program in (serving_program(hidden_size=256), without_wgmma.plan()):
+        assert not any(variant.reads_panels for variant in program.variants)
+        assert "start_panels" not in program.source and "PANELS=True" not in program.source
+        assert "PANELS=False" in program.source
+        assert "# panels" not in program.source.split("# ---- megakernel ----")[1]
+
+
+def test_a_kernel_with_panels_is_clean_for_ruff(tmp_path):
+    path = tmp_path / "megakernel.py"
+    path.write_text(serving_program().source)
+    command = [sys.executable, "-m", "ruff"]
+    options = ["--isolated", "--line-length", "120", str(path)]
+    for task in (["check", "--select", "E4,E7,E9,F,I", "--ignore", "E741"], ["format", "--check"]):
+        result = subprocess.run([*command, *task, *options], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ---- time stamps ----

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from decoders import tiny_config
+from panel_programs import serving_kernel, serving_program
 from tri_mpk.errors import DeviceError
 from tri_mpk.geometries import geometry
 from tri_mpk.inspect import plan_config
 from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, SCRATCH_BYTES, STREAM_BYTES
+from tri_mpk.ops.op import TENSOR_MAP_WORDS, TENSOR_MAPS
+from tri_mpk.ops.panels import OTHER_BYTES, PANEL_STATE_BYTES, RINGS_BYTES
 from tri_mpk.program import Program, SharedMemoryPlan, kernel_constants
 from tri_mpk.scheduler.device import SHARED_BYTES
 
@@ -103,3 +106,76 @@ def test_odd_rows_are_planned_without_a_ring():
     assert not program.constants.ring and "RING = tl.constexpr(0)" in program.source
     program = plan_config(tiny_config(intermediate_size=104), torch.bfloat16, 64, num_workers=4)
     assert program.constants.ring and f"RING = tl.constexpr({program.constants.slot_bytes})" in program.source
+
+
+# ---- panels ----
+
+ROUNDING = 1024  # rings begin at a multiple of it
+
+
+@pytest.fixture(scope="module")
+def with_panels() -> Program:
+    return serving_program()
+
+
+def test_maps_are_in_the_order_of_the_tensor_that_holds_them(with_panels):
+    tensor = with_panels.tensors[TENSOR_MAPS]
+    assert tensor.dims == (TENSOR_MAP_WORDS * len(with_panels.maps),) and tensor.dtype is torch.int64
+    assert len(set(with_panels.maps)) == len(with_panels.maps)
+    tasks = [task for task in with_panels.graph.tasks if task.panels]
+    assert tasks
+    used = set()
+    for task in tasks:
+        panels, weights = task.panels, [task.fields.get(name) for name in ("weight_ptr", "gate_ptr", "up_ptr")]
+        starts = [start for start in (panels.start, panels.second) if start]
+        maps = [with_panels.maps[start.offset // TENSOR_MAP_WORDS] for start in starts]
+        assert [m.tensor for m in maps] == [weight.tensor for weight in weights if weight]
+        x = "h" if "h_map_addr" in task.fields else "xb"
+        place = task.fields[f"{x}_map_addr"].offset // TENSOR_MAP_WORDS
+        assert [m.tensor for m in with_panels.maps[place : place + 2]] == [task.fields[f"{x}_ptr"].tensor] * 2
+        used |= {start.offset // TENSOR_MAP_WORDS for start in starts} | {place, place + 1}
+    assert used == set(range(len(with_panels.maps))), "maps that nobody needs"
+
+
+def test_maps_describe_the_tensors_as_they_are(with_panels):
+    for tensor_map in with_panels.maps:
+        tensor = with_panels.tensors[tensor_map.tensor]
+        assert tensor_map.num_rows * tensor_map.num_columns == tensor.numel and tensor.dtype.itemsize == 2
+        assert tensor_map.num_columns == tensor.dims[-1] and 0 < tensor_map.box_rows <= 256, "what a request can bring"
+
+
+@pytest.mark.parametrize("compiler_bytes", [0, OTHER_BYTES.value + 1, 200 << 10, 230_400])
+def test_rings_of_panels_overlay_what_is_the_compilers(with_panels, compiler_bytes):
+    plan = SharedMemoryPlan.divide(with_panels, compiler_bytes, HOPPER)
+    assert plan.base >= max(compiler_bytes, OTHER_BYTES.value + ROUNDING + RINGS_BYTES.value)
+    assert plan.base % 128 == 0 and plan.ring_slots == plan.slot_bytes == 0
+    assert plan.num_bytes == plan.base + SHARED_BYTES.value + PANEL_STATE_BYTES.value <= HOPPER
+    assert plan.base < max(compiler_bytes, OTHER_BYTES.value + ROUNDING + RINGS_BYTES.value) + 128, "no more than that"
+
+
+def test_too_little_for_panels(with_panels):
+    least = SharedMemoryPlan.divide(with_panels, 0, HOPPER).num_bytes
+    assert SharedMemoryPlan.divide(with_panels, 0, least).num_bytes == least
+    with pytest.raises(DeviceError, match=f"needs {least} bytes of shared memory, but a block has {least - 1} here"):
+        SharedMemoryPlan.divide(with_panels, 0, least - 1)
+
+
+def test_without_wgmma_there_are_no_maps():
+    kernel = serving_kernel()
+    kernel.has_wgmma = False
+    program = kernel.plan()
+    assert program.maps == [] and TENSOR_MAPS not in program.tensors
+    assert not any(task.panels for task in program.graph.tasks)
+    plan = SharedMemoryPlan.divide(program, COMPILER_BYTES, HOPPER)
+    assert plan.num_bytes == plan.base + SHARED_BYTES.value < OTHER_BYTES.value + RINGS_BYTES.value
+
+
+def test_short_rows_need_no_maps():
+    program = serving_program(hidden_size=256)
+    assert program.maps == [] and TENSOR_MAPS not in program.tensors
+
+
+def test_layers_share_the_maps_of_activations():
+    names = [tensor_map.tensor for tensor_map in serving_program().maps]
+    assert [names.count(name) for name in ("x.normed", "attention", "hidden")] == [2, 2, 2]
+    assert [names.count(f"L0{layer}.qkv_proj") for layer in range(2)] == [1, 1]

@@ -413,7 +413,8 @@ class BatchKernel(PersistentKernel):
         check_dims("batch_lm_head_layer", best[1], "best[1]", best[0].dims)
         self.vocab_size = vocab_size
         tensors = {
-            "counts": work.counts, "outputs": work.outputs, "output_token": plan.output_token,
+            "num_tokens": plan.num_tokens, "token_sequences": plan.token_sequences, "counts": work.counts,
+            "outputs": work.outputs, "output_token": plan.output_token,
             "input": input.normed, "squares": input.squares, "weight": weight,
             "logits": logits, "best_value": best[0], "best_index": best[1],
         }  # fmt: skip

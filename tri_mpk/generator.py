@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
+from tri_mpk.ops.panels import start_panels
 from tri_mpk.scheduler import by_value, device, peers, rank_timing, ready, timing
 from tri_mpk.store import cache_dir, write_whole
 
@@ -59,6 +60,10 @@ class Variant:
     op: Op
     constants: tuple[tuple[str, object], ...]
     pointer_dtypes: tuple[tuple[str, torch.dtype], ...]
+
+    @property
+    def reads_panels(self) -> bool:
+        return ("PANELS", True) in self.constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,8 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
     words = task_words((v.op for v in variants), constants.profile, constants.ranks)
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
+    if any(v.reads_panels for v in variants):
+        roots.append(start_panels)
     if constants.profile:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
     if constants.pools:
@@ -142,6 +149,7 @@ def _describe(variant: Variant) -> str:
 
 
 PROFILE_ONLY = "# profile"  # ends the lines that only a profiled kernel has
+PANELS_ONLY = "# panels"  # those of a kernel some of whose weights come in panels
 WORKER_LOOP = '''\
 @triton.jit
 def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
@@ -153,6 +161,7 @@ def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, log
     epoch = tl.load(control_ptr + CONTROL_FIRST_EPOCH).to(tl.int32)
     smem = shared_memory(control_ptr, PORTABLE)
     ring = start_ring(worker_queue_ptr, num_tasks, control_ptr, smem, TASK_WORDS, RING)
+    start_panels(smem)  # panels
     turn = 0
     fetch_task(worker_queue_ptr, 0, turn, smem, TASK_WORDS, PORTABLE)
     await_fetch(smem, PORTABLE)
@@ -231,7 +240,9 @@ def _kernel(variants: list[Variant], constants: KernelConstants) -> Iterator[str
         branches = ["    " + line.replace(*WITHOUT_TASKS) for line in branches] + POOL_TASK_END.splitlines()
     step_end = STEP_END.replace(*WAIT_FOR_RANKS) if constants.ranks > 1 else STEP_END
     lines = [*loop.splitlines(), *branches, *step_end.splitlines()]
-    return (line for line in lines if constants.profile or not line.endswith(PROFILE_ONLY))
+    left_out = () if constants.profile else (PROFILE_ONLY,)
+    left_out += () if any(v.reads_panels for v in variants) else (PANELS_ONLY,)
+    return (line for line in lines if not line.endswith(left_out))
 
 
 def _branches(variants: list[Variant], weight: str) -> Iterator[str]:

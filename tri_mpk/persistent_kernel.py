@@ -120,6 +120,8 @@ class PersistentKernel:
         self.num_workers = default_num_workers(self.device, self.gpu) if num_workers is None else num_workers
         self.tuning = tuning
         self.has_bulk_copies = has_bulk_copies(self.device)
+        # on several ranks panels are proved and compiled, but have not run on GPUs so far
+        self.has_wgmma = world_size == 1 and has_wgmma(self.device)
         self.wait_bound_s = wait_bound_s
         self.profile = profile
         self.policy = policy
@@ -611,7 +613,8 @@ class PersistentKernel:
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
                 self.profile, bool(dynamic), tuning.prefetch_bytes, self.world_size,
             )  # fmt: skip
-            self.program = plan(self.calls, self.tensors, tuning, constants, self.rank)
+            panels = self.has_wgmma and not constants.ring  # both rings would not fit
+            self.program = plan(self.calls, self.tensors, tuning, constants, self.rank, panels)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
 
@@ -673,6 +676,13 @@ def has_bulk_copies(device: torch.device) -> bool:
         return device.type == "meta"
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     return hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether weights of many-token products can come in panels: on Hopper. The meta device stands for one."""
+    if device.type != "cuda":
+        return device.type == "meta"
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def default_num_workers(device: torch.device, gpu: GpuProfile) -> int:

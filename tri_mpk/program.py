@@ -10,7 +10,8 @@ import torch
 from tri_mpk.errors import DeviceError
 from tri_mpk.generator import KernelConstants, Variant, field_names, generate, task_words
 from tri_mpk.ops.gemv import MAX_SLOTS, RING_OFFSET, SCRATCH_BYTES, STREAM_BYTES
-from tri_mpk.ops.op import Machine, OpCall, Policy, TensorHandle
+from tri_mpk.ops.op import TENSOR_MAP_WORDS, TENSOR_MAPS, Machine, OpCall, Policy, TensorHandle, TensorMap, TensorMaps
+from tri_mpk.ops.panels import OTHER_BYTES, PANEL_STATE_BYTES, RINGS_BYTES
 from tri_mpk.scheduler.descriptor import CounterLayout, PackedQueues, pack
 from tri_mpk.scheduler.device import SHARED_BYTES
 from tri_mpk.scheduler.events import derive_events
@@ -45,6 +46,7 @@ class Program:
     counters: CounterLayout
     source: str
     seconds: float  # that planning took
+    maps: list[TensorMap]  # in the order of the tensor that holds them
     rank: int = 0
 
     @property
@@ -109,8 +111,11 @@ class SharedMemoryPlan:
         """As many slots as fit under `limit`. Raises DeviceError when not even three do, or what the compiler wants."""
         streams = [task.stream for task in program.graph.tasks if task.stream]
         if not program.constants.ring or not streams:
-            base = -(-compiler_bytes // 128) * 128
-            num_bytes = base + SHARED_BYTES.value
+            base, state_bytes = compiler_bytes, 0
+            if program.maps:  # rings lie where some of the compiler's is, too
+                base, state_bytes = max(base, OTHER_BYTES.value + 1024 + RINGS_BYTES.value), PANEL_STATE_BYTES.value
+            base = -(-base // 128) * 128
+            num_bytes = base + SHARED_BYTES.value + state_bytes
             if num_bytes > limit:
                 raise DeviceError(f"the kernel needs {num_bytes} bytes of shared memory, but a block has {limit} here")
             return cls(base, 0, 0, num_bytes)
@@ -135,10 +140,12 @@ def plan(
     tuning: Tuning,
     constants: KernelConstants,
     rank: int = 0,
+    panels: bool = False,
 ) -> Program:
     """Cuts, derives events, schedules, verifies and generates. Raises ScheduleError if the graph is not safe."""
     started = time.perf_counter()
-    machine = Machine(tuning.num_workers, constants.block_n, tuning.slot_bytes if constants.ring else 0)
+    maps = TensorMaps() if panels else None
+    machine = Machine(tuning.num_workers, constants.block_n, tuning.slot_bytes if constants.ring else 0, maps)
     graph = TaskGraph()
     variants: dict[Variant, int] = {}
     for op_idx, call in enumerate(calls):
@@ -154,6 +161,9 @@ def plan(
             task.op, task.variant = op_idx, index
         graph.tasks += cut.tasks
         graph.values |= cut.values
+    if maps and maps.places:
+        assert TENSOR_MAPS not in tensors, f"the name {TENSOR_MAPS} is taken"
+        tensors[TENSOR_MAPS] = TensorHandle(TENSOR_MAPS, (len(maps.places) * TENSOR_MAP_WORDS,), torch.int64)
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     num_ranks = constants.ranks
     graph.tensors |= {name: symmetric_info(num_ranks, t.numel) for name, t in tensors.items() if t.symmetric}
@@ -172,8 +182,9 @@ def plan(
     source = generate(list(variants), constants)
     seconds = time.perf_counter() - started
     return Program(
-        graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds, rank
-    )
+        graph, events, queues, report, list(variants), constants, tuning, tensors, counters, source, seconds,
+        list(maps.places) if maps else [], rank,
+    )  # fmt: skip
 
 
 def check_waits(graph: TaskGraph, events: Events, variants: list[Variant]) -> None:

@@ -36,6 +36,7 @@ from tri_mpk.scheduler import timing
 from tri_mpk.scheduler.descriptor import EVENT_STRIDE, PackedQueues, heap_name
 from tri_mpk.scheduler.watchdog import wrap_int32
 from tri_mpk.shared_memory import SharedMemory
+from tri_mpk.tensor_maps import fill_tensor_maps
 from tri_mpk.watchdog import differing_tasks, stuck_text, timeout_error
 
 CONTROL_WORDS = words.CONTROL_RECORDS.value
@@ -278,6 +279,8 @@ class CudaRuntime(Runtime):
         for tensor in program.tensors.values():
             if tensor.data is None:
                 tensor.data = self.near_empty(tensor.dims, tensor.dtype)
+        if program.maps:
+            fill_tensor_maps(program)
         self.default_logits = self.empty((self.vocab_size,), torch.float32)
         packed = program.pack()
         self.queue = torch.from_numpy(self._relocate(packed)).to(cuda_device)

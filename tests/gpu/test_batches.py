@@ -28,16 +28,27 @@ MODELS = {
         "qwen3", vocab_size=1500, hidden_size=640, intermediate_size=1920, num_hidden_layers=3, num_attention_heads=10,
         num_key_value_heads=5, head_dim=128, max_position_embeddings=4096,
     ),
+    "panels": tiny_config(  # blocks of 17 to 64 rows, one and several, and columns that are no whole panels
+        "qwen3", vocab_size=9001, hidden_size=2072, intermediate_size=5640, num_hidden_layers=3, num_attention_heads=48,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
+    ),
 }  # fmt: skip
+MODELS["panels in float16"] = MODELS["panels"]
 
 
 @pytest.fixture(scope="module", params=[(name, tokens) for name in MODELS for tokens in (64, 300)], ids=str)
 def decoder(request) -> BatchDecoder:
     name, tokens = request.param
-    model = in_bfloat16(transformers_model(copy.deepcopy(MODELS[name])).to(CUDA))
-    return BatchDecoder(
+    dtype = torch.float16 if name.endswith("float16") else torch.bfloat16
+    model = in_bfloat16(transformers_model(copy.deepcopy(MODELS[name])).to(CUDA), dtype)
+    decoder = BatchDecoder(
         model, max_batch_size=8, max_tokens_per_step=tokens, max_seq_len=1024, page_size=128, num_workers=None
     )
+    decoder.compile()
+    if name.startswith("panels") and torch.cuda.get_device_capability()[0] == 9:
+        streams = [task.panels for task in decoder.kernel.program.graph.tasks if task.panels]
+        assert {stream.panels for stream in streams} == {2, 4} and any(stream.second for stream in streams)
+    return decoder
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -46,7 +57,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_as_close_to_fp32_as_transformers_is(decoder):
     decoder.forget()
-    theirs = in_bfloat16(copy.deepcopy(decoder.theirs))
+    theirs = in_bfloat16(copy.deepcopy(decoder.theirs), decoder.model.dtype)
     ours, their = [], []
     long = decoder.tokens(400)[0]
     decoder.step({5: long[:64]}, silent=(5,))

@@ -1,4 +1,4 @@
-"""Packing: the words of a task descriptor that say which weights come through the ring, and in which order."""
+"""Packing: the words of a task descriptor that say which weights come through the rings, and in which order."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from panel_programs import serving_program
 from tri_mpk.generator import field_names, task_words
 from tri_mpk.geometries import geometry
 from tri_mpk.inspect import plan_config
+from tri_mpk.ops.op import TENSOR_MAP_WORDS, TENSOR_MAPS
 from tri_mpk.program import Program
 from tri_mpk.scheduler.descriptor import PackedQueues, pack
 from tri_mpk.scheduler.device import (
@@ -20,9 +22,20 @@ from tri_mpk.scheduler.device import (
     TASK_VARIANT,
     TASK_WAIT_COUNT,
 )
-from tri_mpk.scheduler.graph import Address, Event, Events, Schedule, Task, TaskGraph, WeightStream
+from tri_mpk.scheduler.graph import (
+    Address,
+    Event,
+    Events,
+    PanelStream,
+    Schedule,
+    Task,
+    TaskGraph,
+    WeightStream,
+    pool_entry,
+)
 
-ITEMSIZE = {"w": 2, "x": 4}
+ITEMSIZE = {"w": 2, "x": 4, TENSOR_MAPS: 8}
+NOT_AT_ALL, ALWAYS, FEW = 0, 1, 2  # how a task goes on with the ring of panels
 
 
 def signed_low(word: np.int64) -> int:
@@ -30,13 +43,15 @@ def signed_low(word: np.int64) -> int:
     return int(np.int64(word).astype(np.int32))
 
 
-def task(stream: WeightStream | None = None) -> Task:
-    return Task(0, (0,), (), (), 1, fields={"x_ptr": Address("x", 3)}, stream=stream)
+def task(stream: WeightStream | None = None, panels: PanelStream | None = None) -> Task:
+    return Task(0, (0,), (), (), 1, fields={"x_ptr": Address("x", 3)}, stream=stream, panels=panels)
 
 
-def packed(tasks: list[Task], queues: list[list[int]]) -> PackedQueues:
-    events = Events([Event(list(range(len(tasks))), [], len(tasks))], [-1] * len(tasks), [[0]] * len(tasks))
-    return pack(TaskGraph(["op"], tasks), events, Schedule(queues), 16, [["x_ptr"]], ITEMSIZE)
+def packed(tasks: list[Task], queues: list[list[int]], pools: list[list[int]] = ()) -> PackedQueues:
+    """Nobody waits, but tasks of pools: for event 1."""
+    wait = [1 if any(i in pool for pool in pools) else -1 for i in range(len(tasks))]
+    events = Events([Event(list(range(len(tasks))), [], len(tasks)), Event([0], [], 1)], wait, [[0]] * len(tasks))
+    return pack(TaskGraph(["op"], tasks), events, Schedule(queues, list(pools)), 16, [["x_ptr"]], ITEMSIZE)
 
 
 def test_words_of_a_stream():
@@ -81,6 +96,76 @@ def test_a_worker_without_tasks_signals_nothing():
     words = packed([task()], [[], [0]]).words[:, TASK_SIGNALS.value : TASK_SIGNALS.value + 2]
     assert words[0].view(np.int32).tolist() == [-1] * 4
     assert words[1].view(np.int32).tolist() == [0, -1, -1, -1]
+
+
+# ---- panels ----
+
+
+def panels(row: int, few_only: bool = False, second: Address | None = None) -> PanelStream:
+    return PanelStream(Address(TENSOR_MAPS, 3 * TENSOR_MAP_WORDS), second, row, 4, 4096, few_only)
+
+
+def goes_on(words: np.ndarray) -> list[int]:
+    return (words[..., TASK_STREAM.value + 3] >> 32).tolist()
+
+
+def test_words_of_panels():
+    one = task(panels=PanelStream(Address(TENSOR_MAPS), None, 7, 4, 1024, False))
+    two = task(panels=PanelStream(Address(TENSOR_MAPS, 16), Address(TENSOR_MAPS, 32), 70_000, 2, 4096, False))
+    words = packed([one, two, task()], [[0, 1, 2]]).relocate({TENSOR_MAPS: 1 << 40, "x": 1 << 20})
+    first, second, row, shape = words[:, TASK_STREAM.value : TASK_STREAM.value + 4].T
+    assert first.tolist() == [1 << 40, (1 << 40) + 128, 0]
+    assert second.tolist() == [0, (1 << 40) + 256, 0]  # 0: one matrix
+    assert row.tolist() == [7, 70_000, 0]
+    assert shape.tolist() == [4 | 1024 << 8 | ALWAYS << 32, 2 | 4096 << 8 | NOT_AT_ALL << 32, 0]
+    assert {signed_low(word) for word in words[:, TASK_STREAM_INDEX.value]} == {-1}, "not of the ring of weights"
+
+
+def test_a_ring_goes_on_if_the_next_task_of_the_worker_has_panels():
+    tasks = [task(panels=panels(0)), task(panels=panels(1)), task(), task(panels=panels(3))]
+    assert goes_on(packed(tasks, [[0, 1, 2, 3]]).words) == [ALWAYS, NOT_AT_ALL, 0, NOT_AT_ALL]
+    assert goes_on(packed(tasks, [[0, 2, 1, 3]]).words) == [NOT_AT_ALL, 0, ALWAYS, NOT_AT_ALL]
+
+
+def test_a_ring_does_not_go_on_in_the_next_step_or_on_another_worker():
+    """A step may have another number of tokens, or none."""
+    tasks = [task(panels=panels(i)) for i in range(3)]
+    assert goes_on(packed(tasks, [[0], [1, 2]]).words) == [NOT_AT_ALL, ALWAYS, NOT_AT_ALL]
+    assert goes_on(packed(tasks, [[0], [], [1, 2]]).words) == [NOT_AT_ALL, 0, ALWAYS, NOT_AT_ALL]
+
+
+def test_a_ring_goes_on_with_few_tokens_if_the_next_task_has_panels_only_then():
+    tasks = [task(panels=panels(0)), task(panels=panels(1, few_only=True)), task(panels=panels(2))]
+    assert goes_on(packed(tasks, [[0, 1, 2]]).words) == [FEW, ALWAYS, NOT_AT_ALL]
+
+
+def test_a_ring_neither_goes_on_into_a_pool_nor_within_one():
+    """Which task comes is not known."""
+    tasks = [task(panels=panels(i)) for i in range(5)]
+    queues = packed(tasks, [[0, pool_entry(0), 1, 2]], [[3, 4]])
+    assert goes_on(queues.words) == [NOT_AT_ALL, 0, ALWAYS, NOT_AT_ALL, NOT_AT_ALL, NOT_AT_ALL]
+    of_pool = queues.relocate({TENSOR_MAPS: 1 << 40, "x": 0})[4:, TASK_STREAM.value : TASK_STREAM.value + 4]
+    assert of_pool.tolist() == [[(1 << 40) + 3 * 128, 0, row, 4 | 4096 << 8] for row in (3, 4)]
+
+
+@pytest.mark.parametrize("policy", ["static", "hybrid", "dynamic"])
+def test_every_worker_of_a_batch_kernel_goes_on_where_panels_follow(policy):
+    program = serving_program(policy=policy)
+    tasks, queues = program.graph.tasks, program.pack()
+    streams = [task.panels for task in tasks]
+    record, seen = 0, set()
+    for queue in program.schedule.queues:
+        for entry, following in zip(queue, [*queue[1:], -1], strict=True):
+            if entry >= 0 and streams[entry]:
+                later = streams[following] if following >= 0 else None
+                wanted = NOT_AT_ALL if later is None else FEW if later.few_only else ALWAYS
+                assert goes_on(queues.words[record]) == wanted, program.graph.task_name(entry)
+                seen.add(wanted)
+            record += 1
+    assert policy != "static" or seen == {NOT_AT_ALL, ALWAYS, FEW}
+    of_pools = [streams[entry] for pool in program.schedule.pools for entry in pool]
+    assert len(queues.words) == record + len(of_pools) and (policy != "dynamic" or any(of_pools))
+    assert not any(goes_on(queues.words[record:]))
 
 
 @pytest.fixture(scope="module")
