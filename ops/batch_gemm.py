@@ -1,8 +1,8 @@
 """The product of weight rows with the activations of many tokens, the core of the batch ops: y = W[rows] @ x^T.
 
-Operand A are ROWS rows of weights, B's columns are TOKENS tokens; on Hopper that is `wgmma`, which reads both from
-shared memory, where asynchronous copies bring them that Triton's pipeline makes of plain loads. A task's rows and K are
-one loop, so that copies do not run dry between two blocks of rows.
+On Hopper most weights come in panels (panels.py). All others take the loops here: operand A are ROWS rows of weights,
+B's columns are TOKENS tokens, and asynchronous copies that Triton's pipeline makes of plain loads bring both to shared
+memory. A task's rows and K are one loop, so that copies do not run dry between two blocks of rows.
 
 How many tokens a step has is data. There are loops for FEW, SOME and MANY, and a step takes the smallest that has room
 for its tokens: with fewer columns, more of the weights are on their way in the same shared memory. More tokens go
