@@ -34,6 +34,10 @@ MODELS = {
     ),
 }  # fmt: skip
 MODELS["panels in float16"] = MODELS["panels"]
+MODELS["panels of short rows"] = tiny_config(  # fewer steps than activations have places for, and several blocks
+    "llama", vocab_size=9001, hidden_size=1024, intermediate_size=5000, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=128, max_position_embeddings=4096,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[(name, tokens) for name in MODELS for tokens in (64, 300)], ids=str)
