@@ -39,7 +39,7 @@ def finish_gated(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr)
     return state
 
 
-@triton.jit
+@triton.jit(noinline=True)  # but not beside panels
 def gated_linear_of_tokens(
     first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr
 ):

@@ -37,7 +37,7 @@ def finish_linear(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr
     return state
 
 
-@triton.jit
+@triton.jit(noinline=True)  # but not beside panels
 def linear_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr):
     ring, row0, num_rows, xb_ptr, squares_ptr, weight_ptr, bias_ptr, y_ptr = args
     K: tl.constexpr = CONSTANTS[1]

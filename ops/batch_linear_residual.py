@@ -39,7 +39,7 @@ def finish_residual(y, row, is_row, is_token, squares, args, CONSTANTS: tl.const
     return squares + store_residual(x, x_ptr, xb_ptr, gain_ptr, row, is_row, token, is_token, N)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # but not beside panels
 def linear_residual_of_tokens(
     first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr
 ):

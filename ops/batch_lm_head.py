@@ -62,7 +62,7 @@ def logits_of_tokens(
     tl.store(best_index_ptr + sequence * NUM_BEST + part, best_row, mask=is_output)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # but not beside panels
 def logits_of_outputs(
     first, num_outputs, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr
 ):  # fmt: skip

@@ -17,8 +17,9 @@ first of the kind fills the ring before its wait (`begin_panels`).
 A block's sums lie in shared memory in the end, for `FINISH` as in batch_gemm.py, whose loops of plain loads do the same
 for other GPUs, weights of 32 bits and short rows. K has one order, so a token's sums depend on nothing else.
 
-No function with `wgmma` may be called, all are inlined: ptxas would have each such instruction end before the next one
-begins, in the whole kernel. It does the same where registers run out.
+No function with `wgmma` may be called where there are panels, all are inlined then (the generator does that): ptxas
+would have each such instruction end before the next one begins, in the whole kernel. It does so, too, where registers
+run out.
 
 Shared memory: barriers and state, in bytes behind the descriptors:
     0 a slot is full, 64 it is empty, 128 and 256 the same of activations, 8 bytes each

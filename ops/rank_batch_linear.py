@@ -38,7 +38,7 @@ def finish_parts(y, row, is_row, is_token, state, args, CONSTANTS: tl.constexpr)
     return state
 
 
-@triton.jit
+@triton.jit(noinline=True)  # but not beside panels
 def parts_of_tokens(first, num_tokens, args, CONSTANTS: tl.constexpr, TOKENS: tl.constexpr, PANELS: tl.constexpr):
     ring, row0, num_rows, h_ptr, weight_ptr, bias_ptr, parts_ptr = args
     K: tl.constexpr = CONSTANTS[1]

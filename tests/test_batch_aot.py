@@ -19,7 +19,7 @@ from tri_mpk.ops.batch_gemm import TILES_BYTES
 from tri_mpk.ops.panels import OTHER_BYTES
 
 # The last two numbers of a case: ranks, and the instructions that write or read spilled words. Some are in `advance`, a
-# task a step; most in products, which are inlined, since none with `wgmma` may be called.
+# task a step; beside panels most are in products, which are inlined then, since none with `wgmma` may be called.
 
 # Two layers have all variants. In a process of its own: see test_aot.py.
 REPORT = """
@@ -85,13 +85,13 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
     scope="module",
     params=[
         ("Qwen3-8B", 64, 256, "static", 1, 335),
-        ("Qwen3-8B", 64, 256, "static", 2, 216),
-        ("small", 8, 64, "static", 1, 117),  # matrices whose K is a single tile
+        ("Qwen3-8B", 64, 256, "static", 2, 50),
+        ("small", 8, 64, "static", 1, 0),  # matrices whose K is a single tile
         pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 209), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 187), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 301), marks=pytest.mark.slow),
         pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 203), marks=pytest.mark.slow),
-        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 234), marks=pytest.mark.slow),
+        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 64), marks=pytest.mark.slow),
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )
@@ -107,17 +107,21 @@ def test_batch_kernels_fit_hopper(report: dict[str, Any]):
     assert report["wgmma.mma"] > 0 and report["mma.sync"] > 0, "matrices; attention"
 
 
-def test_weights_of_long_rows_come_in_panels(request: pytest.FixtureRequest, report: dict[str, Any]):
+def has_panels(request: pytest.FixtureRequest) -> bool:
     name, _, _, _, ranks, _ = request.node.callspec.params["report"]
-    assert (report["cp.async.bulk.tensor"] > 0) == (name != "small" and ranks == 1)
+    return name != "small" and ranks == 1
 
 
-def test_matrix_instructions_do_not_wait_for_each_other(request: pytest.FixtureRequest, report: dict[str, Any]):
+def test_weights_of_long_rows_come_in_panels(request: pytest.FixtureRequest, report: dict[str, Any]):
+    assert (report["cp.async.bulk.tensor"] > 0) == has_panels(request)
+
+
+def test_matrix_instructions_beside_panels_do_not_wait_for_each_other(
+    request: pytest.FixtureRequest, report: dict[str, Any]
+):
     """Where ptxas serialises them, for want of registers or behind a call, each has a fence of its own."""
-    _, _, tokens, _, ranks, _ = request.node.callspec.params["report"]
-    if ranks > 1 and tokens > 64:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="C7512: loops of 128 tokens want more registers"))
-    assert report["HGMMA"] >= 4 * report["WARPGROUP.ARRIVE"] > 0
+    assert report["HGMMA"] >= report["WARPGROUP.ARRIVE"] > 0
+    assert (report["HGMMA"] >= 4 * report["WARPGROUP.ARRIVE"]) == has_panels(request)
 
 
 # The compiler's shared memory in a kernel in a file.

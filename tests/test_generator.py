@@ -159,6 +159,11 @@ def test_golden_file():
 # ---- panels ----
 
 
+def noinline(source: str) -> set[str]:
+    """Functions that are called, not inlined."""
+    return set(re.findall(r"^@triton\.jit\(noinline=True\).*\ndef (\w+)", source, re.MULTILINE))
+
+
 @pytest.mark.parametrize(("policy", "ranks"), [("static", 1), ("dynamic", 1), ("static", 2)])
 def test_a_kernel_with_panels_starts_them_once_before_its_first_task(policy, ranks):
     program = serving_program(policy=policy, ranks=ranks)
@@ -168,6 +173,7 @@ def test_a_kernel_with_panels_starts_them_once_before_its_first_task(policy, ran
     assert loop.index("    ring = start_ring") < loop.index("    start_panels(smem)") < loop.index("    fetch_task")
     assert loop.count("PANELS=True") == sum(variant.reads_panels for variant in program.variants)
     assert "def start_panels(" in program.source and "def multiply_block(" in program.source
+    assert noinline(program.source) == {"batch_sample_tile", "advance_tile"}, "products are inlined"
 
 
 def test_a_kernel_without_panels_knows_nothing_of_them():
@@ -178,6 +184,7 @@ def test_a_kernel_without_panels_knows_nothing_of_them():
         assert "start_panels" not in program.source and "PANELS=True" not in program.source
         assert "PANELS=False" in program.source
         assert "# panels" not in program.source.split("# ---- megakernel ----")[1]
+        assert {"linear_of_tokens", "gated_linear_of_tokens", "logits_of_outputs"} < noinline(program.source)
 
 
 def test_a_kernel_with_panels_is_clean_for_ruff(tmp_path):

@@ -104,7 +104,8 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
     """The source text of the kernel module, whose entry point is `megakernel`."""
     words = task_words((v.op for v in variants), constants.profile, constants.ranks)
     roots = [v.op.tile for v in variants] + [start_ring, drain_ring] + [getattr(device, name) for name in USED]
-    if any(v.reads_panels for v in variants):
+    has_panels = any(v.reads_panels for v in variants)
+    if has_panels:
         roots.append(start_panels)
     if constants.profile:
         roots += [getattr(timing, name) for name in USED_BY_PROFILE]
@@ -133,7 +134,7 @@ def generate(variants: list[Variant], constants: KernelConstants) -> str:
         f"BLOCK_K = tl.constexpr({constants.block_k})  # columns of a weight tile, where there is no ring",
         *ranks,
         "",
-        *_definitions(roots, constants),
+        *(_beside_panels(text) if has_panels else text for text in _definitions(roots, constants)),
         "",
         "",
         "# ---- megakernel ----",
@@ -150,6 +151,7 @@ def _describe(variant: Variant) -> str:
 
 PROFILE_ONLY = "# profile"  # ends the lines that only a profiled kernel has
 PANELS_ONLY = "# panels"  # those of a kernel some of whose weights come in panels
+APART = "(noinline=True)  # but not beside panels"  # follows the decorator of functions that are inlined there
 WORKER_LOOP = '''\
 @triton.jit
 def megakernel(queue_ptr, queue_start_ptr, event_ptr, control_ptr, step_ptr, logits_ptr, mailbox_ptr, first_worker):
@@ -325,6 +327,11 @@ def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[
         names = {old: new.__name__ for old, new in _replaced(module, kernel).items()}
         yield _text(module, _definition(module, fn.__name__), names)
         previous = module
+
+
+def _beside_panels(text: str) -> str:
+    """Where there are panels, no function with `wgmma` may be called: see ops/panels.py."""
+    return text.replace(APART, "")
 
 
 def _home(module: ModuleType, name: str) -> ModuleType:
