@@ -87,11 +87,14 @@ def for_all_tokens(
         if num_tokens > 0:
             FOR_TOKENS(0, num_tokens, args, CONSTANTS, FEW, False)
     elif MAX_TOKENS > FEW:
-        if num_tokens <= SOME:
+        if LARGEST == SOME:
+            for first in tl.range(0, num_tokens, SOME, num_stages=1, disable_licm=True):
+                FOR_TOKENS(first, num_tokens, args, CONSTANTS, SOME, False)
+        elif num_tokens <= SOME:
             FOR_TOKENS(0, num_tokens, args, CONSTANTS, SOME, False)
         elif MAX_TOKENS > SOME:
-            for first in tl.range(0, num_tokens, LARGEST, num_stages=1, disable_licm=True):
-                FOR_TOKENS(first, num_tokens, args, CONSTANTS, LARGEST, False)
+            for first in tl.range(0, num_tokens, MANY, num_stages=1, disable_licm=True):
+                FOR_TOKENS(first, num_tokens, args, CONSTANTS, MANY, False)
 
 
 @triton.jit
