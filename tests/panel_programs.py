@@ -18,7 +18,7 @@ MAX_SEQ_LEN = 256
 def serving_kernel(
     hidden_size: int = 1024, num_workers: int = 8, policy: str = "static", ranks: int = 1, max_tokens: int = 128
 ) -> BatchKernel:
-    """The kernel that serves a Llama of two layers. Weights come in panels on several ranks, too."""
+    """The kernel that serves a Llama of two layers. Weights come in panels wherever ops can have them."""
     config = LlamaConfig(
         hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_attention_heads=8, num_key_value_heads=2,
         num_hidden_layers=2, vocab_size=1001, max_position_embeddings=MAX_SEQ_LEN,
@@ -31,7 +31,7 @@ def serving_kernel(
         ranks, meta_tensors=[step, text], max_batch_size=4, max_tokens_per_step=max_tokens, num_workers=num_workers,
         policy=policy,
     )  # fmt: skip
-    kernel.has_wgmma = True
+    kernel.panels = True
     model = empty_model(local, torch.bfloat16)
     build_serving(kernel, describe(local, MAX_SEQ_LEN), model, 128, 8, False, shard)
     return kernel

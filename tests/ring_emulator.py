@@ -10,6 +10,7 @@ import ast
 import operator
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> bits - 1 & 1 else value
 
 
-class Emulator:
+class Emulator(ABC):
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.barriers: dict[int, Barrier] = {}
@@ -104,12 +105,12 @@ class Emulator:
             kind, *suffixes = opcode.replace("::", ".").split(".")
             bits = 64 if suffixes and suffixes[-1] in ("u64", "s64", "b64") else 32
             state = ""
-            if kind == "bra":
+            if kind in ("createpolicy", "fence"):  # nothing that is seen here
+                continue
+            elif kind == "bra":
                 at = labels[operands[0]]
             elif kind == "bar":
                 state = "barrier" if suffixes == ["sync"] else ""
-            elif kind in ("createpolicy", "fence"):
-                pass
             elif kind in ("mov", "cvt"):
                 value = read(operands[1])
                 if suffixes == ["s64", "s32"]:
@@ -158,8 +159,10 @@ class Emulator:
                 raise AssertionError(f"{statement} is not known here")
             yield state
 
+    @abstractmethod
     def request_bytes(self, tensor_map: int) -> int:
-        raise NotImplementedError
+        """What a request of this map brings."""
 
+    @abstractmethod
     def multiply(self, tid: int, weights: int, x: int) -> None:
-        raise NotImplementedError
+        """A thread multiplies what lies at these addresses."""

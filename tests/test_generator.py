@@ -178,7 +178,7 @@ def test_a_kernel_with_panels_starts_them_once_before_its_first_task(policy, ran
 
 def test_a_kernel_without_panels_knows_nothing_of_them():
     without_wgmma = serving_kernel()
-    without_wgmma.has_wgmma = False
+    without_wgmma.panels = False
     for program in (serving_program(hidden_size=256), without_wgmma.plan()):
         assert not any(variant.reads_panels for variant in program.variants)
         assert "start_panels" not in program.source and "PANELS=True" not in program.source

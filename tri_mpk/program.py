@@ -162,7 +162,8 @@ def plan(
         graph.tasks += cut.tasks
         graph.values |= cut.values
     if maps and maps.places:
-        assert TENSOR_MAPS not in tensors, f"the name {TENSOR_MAPS} is taken"
+        if TENSOR_MAPS in tensors:
+            raise ValueError(f"the name {TENSOR_MAPS!r} is the kernel's own; call that tensor something else")
         tensors[TENSOR_MAPS] = TensorHandle(TENSOR_MAPS, (len(maps.places) * TENSOR_MAP_WORDS,), torch.int64)
     graph.tensors = {name: TensorInfo((1, tensor.numel), tensor.data is not None) for name, tensor in tensors.items()}
     num_ranks = constants.ranks

@@ -7,14 +7,14 @@ import ctypes
 import torch
 
 from tri_mpk.errors import DeviceError
-from tri_mpk.ops.op import TENSOR_MAP_WORDS, TENSOR_MAPS, TensorHandle, TensorMap
+from tri_mpk.ops.op import TENSOR_MAPS, TensorHandle, TensorMap
+from tri_mpk.ops.panels import PANEL, TENSOR_MAP_BYTES
 from tri_mpk.program import Program
 
 # Of CUtensorMapDataType and other enumerations of cuda.h
 DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 NOT_INTERLEAVED, SWIZZLE_128_BYTES, PROMOTE_TO_128_BYTES, ZEROS_OUTSIDE = 0, 3, 2, 0
-COLUMNS = 64  # of a request
-MAP_BYTES = 8 * TENSOR_MAP_WORDS
+MAP_BYTES = TENSOR_MAP_BYTES.value
 
 
 def fill_tensor_maps(program: Program) -> None:
@@ -29,7 +29,7 @@ def encode(tensor_map: TensorMap, tensor: TensorHandle) -> bytes:
     begin = -ctypes.addressof(out) % 64  # the driver wants it aligned
     dims = (ctypes.c_uint64 * 2)(tensor_map.num_columns, tensor_map.num_rows)
     strides = (ctypes.c_uint64 * 1)(tensor_map.num_columns * tensor.dtype.itemsize)
-    box = (ctypes.c_uint32 * 2)(COLUMNS, tensor_map.box_rows)
+    box = (ctypes.c_uint32 * 2)(PANEL.value, tensor_map.box_rows)
     element_strides = (ctypes.c_uint32 * 2)(1, 1)
     code = encode_tiled(
         ctypes.c_void_p(ctypes.addressof(out) + begin), DATA_TYPES[tensor.dtype], 2,
