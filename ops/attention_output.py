@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tri_mpk.ops.attention import active_splits
-from tri_mpk.ops.gemv import block_rows, dot_rows, own_columns, prefetch_rows, slot_rows
+from tri_mpk.ops.gemv import block_rows, dot_rows, own_columns, prefetch_rows, segments_of, slot_rows
 from tri_mpk.ops.linear_residual import linear_residual_torch
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle, even_ranges
 from tri_mpk.ops.rmsnorm_linear import linear_stream
@@ -74,7 +74,7 @@ def load_merged(
 ):
     """A thread's part of the merged vector [K] in fp32 registers, as `load_segment` loads one."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
         PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
         zero = tl.zeros([WARPS, LANES], tl.float32)
         x = ()
@@ -171,6 +171,8 @@ def cut_attention_output(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight.dims
+    num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    rows_at_once = slot_rows(k, machine, -(-num_rows // num_tasks))
     num_splits, num_heads, head_dim = parts.dims
     pointers = {"parts_ptr": parts, "lse_ptr": lse, "bias_ptr": bias or lse, "residual_ptr": residual, "y_ptr": output}
     cut = Cut(
@@ -180,15 +182,15 @@ def cut_attention_output(
             "NUM_SPLITS": num_splits,
             "SPLIT_TOKENS": split_tokens,
             "HAS_BIAS": bias is not None,
-            "SLOT_ROWS": slot_rows(k, machine),
-            "BLOCK_N": block_rows(k, machine),
+            "SLOT_ROWS": rows_at_once,
+            "BLOCK_N": block_rows(machine),
         },
         pointers,
     )
     everything = ((0, num_splits), (0, num_heads))
     whole, addresses = (parts.box(*everything), lse.box(*everything)), cut.addresses()
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
-        stream = linear_stream(weight, lo, hi, machine)
+    for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
+        stream = linear_stream(weight, lo, hi, rows_at_once)
         reads = (*whole, weight.span(lo * k, hi * k), residual.span(lo, hi))
         cut.tasks.append(
             Task(

@@ -70,18 +70,20 @@ def cut_linear_residual(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, k = weight.dims
+    num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    rows_at_once = slot_rows(k, machine, -(-num_rows // num_tasks))
     cut = Cut(
         {
             "K": k,
             "HAS_BIAS": bias is not None,
-            "SLOT_ROWS": slot_rows(k, machine),
-            "BLOCK_N": block_rows(k, machine),
+            "SLOT_ROWS": rows_at_once,
+            "BLOCK_N": block_rows(machine),
         },
         {"x_ptr": input, "bias_ptr": bias or input, "residual_ptr": residual, "y_ptr": output},
     )
     whole, addresses = input.whole(), cut.addresses()
-    for i, (lo, hi) in enumerate(even_ranges(num_rows, min(num_rows, grid_dim or machine.num_workers))):
-        stream = linear_stream(weight, lo, hi, machine)
+    for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
+        stream = linear_stream(weight, lo, hi, rows_at_once)
         reads = (whole, weight.span(lo * k, hi * k), residual.span(lo, hi))
         cut.tasks.append(
             Task(

@@ -118,12 +118,13 @@ def cut_lm_head(
     grid_dim: int | None = None,
 ) -> Cut:
     vocab_size, hidden_size = weight_linear.dims
+    rows_at_once = slot_rows(hidden_size, machine, -(-vocab_size // best_value.numel))
     cut = Cut(
         {
             "D": hidden_size,
             "EPS": eps,
-            "SLOT_ROWS": slot_rows(hidden_size, machine),
-            "BLOCK_N": block_rows(hidden_size, machine),
+            "SLOT_ROWS": rows_at_once,
+            "BLOCK_N": block_rows(machine),
         },
         {
             "x_ptr": input,
@@ -134,7 +135,7 @@ def cut_lm_head(
     )
     whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(vocab_size, best_value.numel)):
-        stream = linear_stream(weight_linear, lo, hi, machine)
+        stream = linear_stream(weight_linear, lo, hi, rows_at_once)
         weight_rows = weight_linear.span(lo * hidden_size, hi * hidden_size)
         cut.tasks.append(
             Task(

@@ -42,15 +42,17 @@ def sum_columns(x_ptr, parts_ptr, cols, mask, K: tl.constexpr, RANKS: tl.constex
 
 
 @triton.jit
-def keep_sum(
-    x_ptr, parts_ptr, total_ptr, first_kept, num_kept, K: tl.constexpr, KEPT: tl.constexpr, RANKS: tl.constexpr
-):
-    """Leaves this task's stretch of the sum in memory."""
+def load_kept(x_ptr, parts_ptr, first_kept, num_kept, K: tl.constexpr, KEPT: tl.constexpr, RANKS: tl.constexpr):
+    """This task's stretch of the sum, [KEPT]. Before `load_sum`, so that all loads are under way together."""
     place = tl.arange(0, KEPT)
-    mask = place < num_kept
-    tl.store(
-        total_ptr + first_kept + place, sum_columns(x_ptr, parts_ptr, first_kept + place, mask, K, RANKS), mask=mask
-    )
+    return sum_columns(x_ptr, parts_ptr, first_kept + place, place < num_kept, K, RANKS)
+
+
+@triton.jit
+def store_kept(total_ptr, kept, first_kept, num_kept, KEPT: tl.constexpr):
+    """Leaves it in memory. Behind the matrix, which it would hold up."""
+    place = tl.arange(0, KEPT)
+    tl.store(total_ptr + first_kept + place, kept, mask=place < num_kept)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tri_mpk.ops.gemv import end_rows, load_segment, scale_segment, stream_rows
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
-from tri_mpk.ops.parts import inverse_rms_of_sum, keep_sum, load_sum, read_sum, row_sums_of_sum
+from tri_mpk.ops.parts import inverse_rms_of_sum, load_kept, load_sum, read_sum, row_sums_of_sum, store_kept
 from tri_mpk.ops.rmsnorm_gated_linear import cut_rmsnorm_gated_linear, rmsnorm_gated_linear_torch
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.peers import wait_for_ranks
@@ -31,8 +31,8 @@ def rank_rmsnorm_gated_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    kept = load_kept(x_ptr, parts_ptr, first_kept, num_kept, D, KEPT, RANKS)
     x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, SLOT_ROWS, RING)
-    keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
     ring = stream_rows(ring, x, 0, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     ring = stream_rows(ring, x, BLOCK_N, num_rows, D, SLOT_ROWS, RING, WEIGHT)
     end_rows(RING)
@@ -50,6 +50,7 @@ def rank_rmsnorm_gated_linear_tile(
         h = gate / (1.0 + tl.exp(-gate)) * (up * rstd)
         row = block * BLOCK_N + rows
         tl.store(h_ptr + row0 + row, h.to(h_ptr.dtype.element_ty), mask=row < num_rows)
+    store_kept(total_ptr, kept, first_kept, num_kept, KEPT)
     signal(task, event_ptr, PORTABLE)
     return ring
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tri_mpk.ops.gemv import load_segment, scale_segment
 from tri_mpk.ops.op import Cut, Machine, Op, TensorHandle
-from tri_mpk.ops.parts import dot_rows_of_sum, inverse_rms_of_sum, keep_sum, load_sum, read_sum
+from tri_mpk.ops.parts import dot_rows_of_sum, inverse_rms_of_sum, load_kept, load_sum, read_sum, store_kept
 from tri_mpk.ops.rmsnorm_linear import cut_rmsnorm_linear, rmsnorm_linear_torch
 from tri_mpk.scheduler.device import signal
 from tri_mpk.scheduler.peers import wait_for_ranks
@@ -31,8 +31,8 @@ def rank_rmsnorm_linear_tile(
     rows = tl.arange(0, BLOCK_N)
     gain = load_segment(gain_ptr, D, SLOT_ROWS, RING)
     wait_for_ranks(task, event_ptr, control_ptr, epoch, PORTABLE)
+    kept = load_kept(x_ptr, parts_ptr, first_kept, num_kept, D, KEPT, RANKS)
     x = scale_segment(ring, load_sum(x_ptr, parts_ptr, D, SLOT_ROWS, RANKS, RING), gain, SLOT_ROWS, RING)
-    keep_sum(x_ptr, parts_ptr, total_ptr, first_kept, num_kept, D, KEPT, RANKS)
     for block in tl.range(0, (num_rows + BLOCK_N - 1) // BLOCK_N, num_stages=1):
         ring, y = dot_rows_of_sum(
             ring, x, x_ptr, parts_ptr, gain_ptr, weight_addr, block, num_rows,
@@ -43,6 +43,7 @@ def rank_rmsnorm_linear_tile(
         if HAS_BIAS:
             y += tl.load(bias_ptr + row0 + row, mask=row < num_rows, other=0.0).to(tl.float32)
         tl.store(y_ptr + row0 + row, y.to(y_ptr.dtype.element_ty), mask=row < num_rows)
+    store_kept(total_ptr, kept, first_kept, num_kept, KEPT)
     signal(task, event_ptr, PORTABLE)
     return ring
 

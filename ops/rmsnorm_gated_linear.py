@@ -71,19 +71,20 @@ def cut_rmsnorm_gated_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, hidden_size = weight_gate.dims
+    num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    if machine.ring:  # a task is one block
+        rounds = -(-num_rows // (num_tasks * block_rows(machine, matrices=2)))
+        num_tasks = min(num_rows, num_tasks * rounds)
+    rows_at_once = slot_rows(hidden_size, machine, -(-num_rows // num_tasks), matrices=2)
     cut = Cut(
         {
             "D": hidden_size,
             "EPS": eps,
-            "SLOT_ROWS": slot_rows(hidden_size, machine),
-            "BLOCK_N": block_rows(hidden_size, machine, matrices=2),
+            "SLOT_ROWS": rows_at_once,
+            "BLOCK_N": block_rows(machine, matrices=2),
         },
         {"x_ptr": input, "gain_ptr": weight_norm, "h_ptr": output},
     )
-    num_tasks = min(num_rows, grid_dim or machine.num_workers)
-    if machine.ring:  # a task is one block
-        rounds = -(-num_rows // (num_tasks * block_rows(hidden_size, machine, matrices=2)))
-        num_tasks = min(num_rows, num_tasks * rounds)
     whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
         start, other = Address(weight_gate.name, lo * hidden_size), Address(weight_up.name, lo * hidden_size)
@@ -96,7 +97,7 @@ def cut_rmsnorm_gated_linear(
                 writes=(output.span(lo, hi),),
                 cost_bytes=2 * (hi - lo) * hidden_size * weight_gate.dtype.itemsize,
                 fields=addresses | {"gate_addr": start, "up_addr": other, "row0": lo, "num_rows": hi - lo},
-                stream=WeightStream(start, hi - lo, hidden_size, slot_rows(hidden_size, machine), second=other),
+                stream=WeightStream(start, hi - lo, hidden_size, rows_at_once, second=other),
             )
         )
     return cut

@@ -64,10 +64,10 @@ def rmsnorm_linear_tile(
     return ring
 
 
-def linear_stream(weight: TensorHandle, lo: int, hi: int, machine: Machine) -> WeightStream:
+def linear_stream(weight: TensorHandle, lo: int, hi: int, rows_at_once: int) -> WeightStream:
     """Rows lo to hi of a matrix [N, K]."""
     cols = weight.dims[1]
-    return WeightStream(Address(weight.name, lo * cols), hi - lo, cols, slot_rows(cols, machine))
+    return WeightStream(Address(weight.name, lo * cols), hi - lo, cols, rows_at_once)
 
 
 def cut_rmsnorm_linear(
@@ -82,20 +82,21 @@ def cut_rmsnorm_linear(
     grid_dim: int | None = None,
 ) -> Cut:
     num_rows, hidden_size = weight_linear.dims
+    num_tasks = min(num_rows, grid_dim or machine.num_workers)
+    rows_at_once = slot_rows(hidden_size, machine, -(-num_rows // num_tasks))
     cut = Cut(
         {
             "D": hidden_size,
             "EPS": eps,
             "HAS_BIAS": bias is not None,
-            "SLOT_ROWS": slot_rows(hidden_size, machine),
-            "BLOCK_N": block_rows(hidden_size, machine),
+            "SLOT_ROWS": rows_at_once,
+            "BLOCK_N": block_rows(machine),
         },
         {"x_ptr": input, "gain_ptr": weight_norm, "bias_ptr": bias or weight_norm, "y_ptr": output},
     )
-    num_tasks = min(num_rows, grid_dim or machine.num_workers)
     whole, addresses = (input.whole(), weight_norm.whole()), cut.addresses()
     for i, (lo, hi) in enumerate(even_ranges(num_rows, num_tasks)):
-        stream = linear_stream(weight_linear, lo, hi, machine)
+        stream = linear_stream(weight_linear, lo, hi, rows_at_once)
         reads = (*whole, weight_linear.span(lo * hidden_size, hi * hidden_size))
         cut.tasks.append(
             Task(

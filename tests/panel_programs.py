@@ -31,7 +31,6 @@ def serving_kernel(
         ranks, meta_tensors=[step, text], max_batch_size=4, max_tokens_per_step=max_tokens, num_workers=num_workers,
         policy=policy,
     )  # fmt: skip
-    kernel.panels = True
     model = empty_model(local, torch.bfloat16)
     build_serving(kernel, describe(local, MAX_SEQ_LEN), model, 128, 8, False, shard)
     return kernel

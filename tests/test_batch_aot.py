@@ -85,13 +85,13 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
     scope="module",
     params=[
         ("Qwen3-8B", 64, 256, "static", 1, 335),
-        ("Qwen3-8B", 64, 256, "static", 2, 50),
+        ("Qwen3-8B", 64, 256, "static", 2, 216),
         ("small", 8, 64, "static", 1, 21),  # matrices whose K is a single tile
         pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 209), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 187), marks=pytest.mark.slow),
         pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 301), marks=pytest.mark.slow),
-        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 40), marks=pytest.mark.slow),
-        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 64), marks=pytest.mark.slow),
+        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 203), marks=pytest.mark.slow),
+        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 234), marks=pytest.mark.slow),
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )
@@ -108,8 +108,8 @@ def test_batch_kernels_fit_hopper(report: dict[str, Any]):
 
 
 def has_panels(request: pytest.FixtureRequest) -> bool:
-    name, _, _, _, ranks, _ = request.node.callspec.params["report"]
-    return name not in ("small", "Qwen2.5-1.5B") and ranks == 1  # rows of 1536 numbers
+    name, *_ = request.node.callspec.params["report"]
+    return name != "small"
 
 
 def test_weights_of_long_rows_come_in_panels(request: pytest.FixtureRequest, report: dict[str, Any]):

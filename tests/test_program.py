@@ -9,7 +9,6 @@ import torch
 
 from decoders import tiny_config
 from panel_programs import serving_kernel, serving_program
-from tri_mpk import persistent_kernel
 from tri_mpk.errors import DeviceError
 from tri_mpk.geometries import geometry
 from tri_mpk.inspect import plan_config
@@ -169,17 +168,6 @@ def test_without_wgmma_there_are_no_maps():
     assert not any(task.panels for task in program.graph.tasks)
     plan = SharedMemoryPlan.divide(program, COMPILER_BYTES, HOPPER)
     assert plan.num_bytes == plan.base + SHARED_BYTES.value < OTHER_BYTES.value + RINGS_BYTES.value
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "ranks", "least", "panels"),
-    [(1024, 1, 2048, False), (2048, 1, 2048, True), (2048, 2, 1024, False), (2048, 1, 1024, True)],
-)
-def test_panels_unless_told_otherwise_are_where_they_have_run_on_a_gpu(hidden_size, ranks, least, panels, monkeypatch):
-    monkeypatch.setattr(persistent_kernel, "PANEL_COLUMNS", least)
-    kernel = serving_kernel(hidden_size=hidden_size, ranks=ranks)
-    kernel.panels = None
-    assert any(task.panels for task in kernel.plan().graph.tasks) == panels
 
 
 def test_the_name_of_the_maps_is_the_kernels_own():

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 import triton.language as tl
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import ConstexprFunction, JITFunction
 
 from tri_mpk.ops.gemv import drain_ring, start_ring
 from tri_mpk.ops.op import KERNEL_PARAMETERS, MACHINE_CONSTANTS, Op
@@ -307,7 +307,7 @@ def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[
         for node in ast.walk(_definition(module, fn.__name__)):
             value = getattr(module, node.id, None) if isinstance(node, ast.Name) else None
             value = _replaced(module, kernel).get(getattr(node, "id", None), value)
-            if isinstance(value, JITFunction):
+            if isinstance(value, JITFunction | ConstexprFunction):
                 visit(value)
             elif isinstance(value, tl.constexpr):
                 home = _home(module, node.id)

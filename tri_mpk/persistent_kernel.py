@@ -120,7 +120,7 @@ class PersistentKernel:
         self.num_workers = default_num_workers(self.device, self.gpu) if num_workers is None else num_workers
         self.tuning = tuning
         self.has_bulk_copies = has_bulk_copies(self.device)
-        self.panels: bool | None = None  # weights of many-token products come in them; None: where that has run
+        self.panels = has_wgmma(self.device)  # weights of many-token products come in them
         self.wait_bound_s = wait_bound_s
         self.profile = profile
         self.policy = policy
@@ -612,11 +612,7 @@ class PersistentKernel:
                 dtype, [t.dims[1] for t in streamed], self.device.type == "cpu", self.has_bulk_copies and has_order,
                 self.profile, bool(dynamic), tuning.prefetch_bytes, self.world_size,
             )  # fmt: skip
-            panels = self.panels
-            if panels is None:
-                shortest = min((t.dims[1] for t in streamed), default=0)
-                panels = has_wgmma(self.device) and self.world_size == 1 and shortest >= PANEL_COLUMNS
-            panels &= not constants.ring  # both rings would not fit
+            panels = self.panels and not constants.ring  # both rings would not fit
             self.program = plan(self.calls, self.tensors, tuning, constants, self.rank, panels)
             if os.environ.get("TRI_MPK_DEBUG", "0") != "0":
                 from tri_mpk.inspect import print_debug
@@ -679,11 +675,6 @@ def has_bulk_copies(device: torch.device) -> bool:
         return device.type == "meta"
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     return hopper and shared_memory_limit(device) >= RING_SHARED_BYTES
-
-
-# Panels have run on GPUs for rows of so many columns, on one rank. Shorter ones, and those of several ranks, are
-# compiled and emulated (tests/ops/test_panel_rings.py), but have not run so far: such kernels keep the loops.
-PANEL_COLUMNS = 2048
 
 
 def has_wgmma(device: torch.device) -> bool:

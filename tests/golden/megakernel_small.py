@@ -225,6 +225,15 @@ def embedding_tile(
     signal(task, event_ptr, PORTABLE)
 
 
+# ---- ops/gemv.py ----
+
+
+@triton.constexpr_function
+def segments_of(slot_rows):
+    """Into how many segments a warp cuts the columns of each of so many rows. A's rows are 16, whatever they hold."""
+    return 16 >> (slot_rows - 1).bit_length()
+
+
 # ---- ops/warps.py ----
 
 
@@ -247,7 +256,7 @@ def segment_columns(variant, block: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl
     `variant`: the lane's segment of its warp's columns. Odd ones take pairs of blocks in the other order, so that lanes
     that read at the same time find their words in other banks.
     """
-    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
     COLS: tl.constexpr = (K + 128 * SEGMENTS - 1) // (128 * SEGMENTS) * 8
     warp, g, j = lane_place()
     other: tl.constexpr = 1 if (COLS + 31) // 32 % 2 == 0 else 0  # a block without a partner stays where it is
@@ -259,7 +268,7 @@ def segment_columns(variant, block: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl
 @triton.jit
 def own_columns(part: tl.constexpr, K: tl.constexpr, SLOT_ROWS: tl.constexpr):
     """`segment_columns` of part `part` of what a thread has of x, as B wants it: its column is the lane's g."""
-    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
     BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
     warp, g, j = lane_place()
     if SEGMENTS >= 8:
@@ -334,7 +343,7 @@ def load_eight(ptr, wanted):
 def load_segment(ptr, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """A thread's part of a vector [K] in fp32 registers. A gain is loaded so before the wait, activations after it."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
         PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
         values = ()
         for part in tl.static_range(PARTS):
@@ -367,8 +376,9 @@ def scale_segment(ring, x, gain, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
         for i in tl.static_range(len(x)):
             squares += x[i] * x[i]
             scaled = scaled + (x[i] * gain[i],)
-        if SLOT_ROWS > 2:  # so many lanes have the same columns
-            squares *= 2.0 / SLOT_ROWS
+        SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
+        if SEGMENTS < 8:  # so many lanes have the same columns
+            squares *= SEGMENTS / 8.0
         write_float(ring[0] + SQUARES_OFFSET + tl.arange(0, WARPS) * 4, tl.sum(squares, axis=1))
         return scaled
     else:
@@ -413,7 +423,7 @@ def split_segment(x, SLOT_ROWS: tl.constexpr, WEIGHT: tl.constexpr):
         b = x[i + 1] / UNIT
         word = pack_halves(a, b, WEIGHT)
         more = pack_halves(a - low_half(word, WEIGHT), b - high_half(word, WEIGHT), WEIGHT)
-        if SLOT_ROWS >= 4:
+        if segments_of(SLOT_ROWS) <= 4:
             word = tl.where(g % 2 == 0, word, more)
         rounded = rounded + (word,)
         rest = rest + (more,)
@@ -462,17 +472,20 @@ def read_words(address, wanted):
 @triton.jit
 def read_slot(ring, variant, row, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr):
     """A lane's words of the slot to read, once it is full: four of A's row g and four of row g + 8 per block."""
-    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
     BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
     await_slot(ring[0], ring[2], ring[3])
     address = ring[0] + RING_OFFSET + ring[2] * RING
     words = ()
     for block in tl.static_range(BLOCKS):
-        col, wanted = segment_columns(variant, block, K, SLOT_ROWS)
+        col, has_columns = segment_columns(variant, block, K, SLOT_ROWS)
+        wanted = has_columns & (row < SLOT_ROWS)
         words = words + read_words(address + (row * K + col) * 2, wanted.to(tl.int32))
         if SEGMENTS == 16:
-            col, wanted = segment_columns(variant + 8, block, K, SLOT_ROWS)
-        words = words + read_words(address + ((row + SLOT_ROWS // 2) * K + col) * 2, wanted.to(tl.int32))
+            col, has_columns = segment_columns(variant + 8, block, K, SLOT_ROWS)
+        lower = row + 8 // SEGMENTS
+        wanted = has_columns & (lower < SLOT_ROWS)
+        words = words + read_words(address + (lower * K + col) * 2, wanted.to(tl.int32))
     return words
 
 
@@ -630,7 +643,7 @@ def multiply_add(c, a, b, DTYPE: tl.constexpr):
 @triton.jit
 def multiply_slot(words, rounded, rest, SLOT_ROWS: tl.constexpr, BLOCKS: tl.constexpr, WEIGHT: tl.constexpr):
     """What a lane has of the sums of A's rows g and g + 8: all of its segment in lanes where j is B's column."""
-    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
     UNIT: tl.constexpr = 1.0 if tl.bfloat16 == WEIGHT else 16.0
     warp, g, j = lane_place()
     zero = tl.zeros([WARPS, LANES], tl.float32)
@@ -704,11 +717,11 @@ def write_row_sums(sums, upper, lower, SLOT_ROWS: tl.constexpr):
 
     Neighbours in segment differ in g and, so that j stays B's column, in j: lanes 4 g + j and that XOR a mask.
     """
-    SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+    SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
     warp, g, j = lane_place()
     if SEGMENTS == 1:
-        write_float_where(sums + g * 4, upper, j == g % 2)
-        write_float_where(sums + (g + 8) * 4, lower, j == g % 2)
+        write_float_where(sums + g * 4, upper, (j == g % 2) & (g < SLOT_ROWS))
+        write_float_where(sums + (g + 8) * 4, lower, (j == g % 2) & (g + 8 < SLOT_ROWS))
     else:
         if SEGMENTS == 16:
             total = upper + lower
@@ -723,15 +736,15 @@ def write_row_sums(sums, upper, lower, SLOT_ROWS: tl.constexpr):
         else:
             if SEGMENTS == 4:
                 total += shuffle(total, 10)
-            row = g // SEGMENTS + g % 2 * (SLOT_ROWS // 2)
-            write_float_where(sums + row * 4, total, (j == g % SEGMENTS) & (j < 2))
+            row = g // SEGMENTS + g % 2 * (8 // SEGMENTS)
+            write_float_where(sums + row * 4, total, (j == g % SEGMENTS) & (j < 2) & (row < SLOT_ROWS))
 
 
 @triton.jit
 def stream_rows(ring, x, place, num_rows, K: tl.constexpr, SLOT_ROWS: tl.constexpr, RING: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip  # noqa: E501
     """Multiplies the next `num_rows` rows of the weight stream; their sums go to rows `place` and on."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
         BLOCKS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS)
         warp, g, j = lane_place()
         rounded, rest = split_segment(x, SLOT_ROWS, WEIGHT)
@@ -1558,7 +1571,7 @@ def load_merged(
 ):
     """A thread's part of the merged vector [K] in fp32 registers, as `load_segment` loads one."""
     if RING:
-        SEGMENTS: tl.constexpr = 16 // SLOT_ROWS
+        SEGMENTS: tl.constexpr = segments_of(SLOT_ROWS)
         PARTS: tl.constexpr = (K + 512 * SEGMENTS - 1) // (512 * SEGMENTS) * (2 if SEGMENTS == 16 else 1)
         zero = tl.zeros([WARPS, LANES], tl.float32)
         x = ()

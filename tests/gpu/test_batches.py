@@ -48,8 +48,6 @@ def decoder(request) -> BatchDecoder:
     decoder = BatchDecoder(
         model, max_batch_size=8, max_tokens_per_step=tokens, max_seq_len=1024, page_size=128, num_workers=None
     )
-    if name == "panels of short rows":
-        decoder.kernel.panels = torch.cuda.get_device_capability()[0] == 9
     decoder.compile()
     if name.startswith("panels") and torch.cuda.get_device_capability()[0] == 9:
         streams = [task.panels for task in decoder.kernel.program.graph.tasks if task.panels]

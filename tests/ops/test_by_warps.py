@@ -47,8 +47,8 @@ CONFIGS = {
     ("name", "slots", "slot_bytes", "slot_rows", "prefetch_bytes"),
     [
         ("llama", 3, 32768, {16}, 0),
-        ("qwen3, long rows", 6, 4096, {1, 4, 8}, 40960),
-        ("llama, two rows", 9, 4096, {2, 16}, 65536),
+        ("qwen3, long rows", 6, 4096, {1, 7, 8}, 40960),
+        ("llama, two rows", 9, 4096, {3, 16}, 65536),
     ],
 )
 def test_a_decoder_on_weight_rings_equals_transformers(

@@ -11,7 +11,7 @@ from tri_mpk import PersistentKernel
 from tri_mpk.geometries import geometry
 from tri_mpk.loading import empty_model
 from tri_mpk.model import CausalLM
-from tri_mpk.ops.gemv import block_rows, slot_rows
+from tri_mpk.ops.gemv import block_rows
 from tri_mpk.ops.op import Machine, TensorHandle
 from tri_mpk.ops.rmsnorm_gated_linear import cut_rmsnorm_gated_linear
 from tri_mpk.program import Program
@@ -117,11 +117,13 @@ def test_a_gated_task_with_a_ring_is_one_block(num_rows, k, num_workers, grid_di
     }  # fmt: skip
     cut = cut_rmsnorm_gated_linear(machine, **handles, eps=1e-6, grid_dim=grid_dim)
     check_complete(cut.tasks, handles["output"])
-    limit = block_rows(k, machine, matrices=2)
-    assert cut.constants["BLOCK_N"] == limit and cut.constants["SLOT_ROWS"] == slot_rows(k, machine)
+    limit = block_rows(machine, matrices=2)
+    assert cut.constants["BLOCK_N"] == limit
     for task in cut.tasks:
         rows = task.fields["num_rows"]
+        slot = task.stream.slot_rows
         assert 0 < rows <= limit and task.stream.rows == rows
+        assert cut.constants["SLOT_ROWS"] == slot and -(-rows // slot) * slot <= limit
         assert task.stream.start == task.fields["gate_addr"] and task.stream.second == task.fields["up_addr"]
     wanted = min(num_rows, grid_dim or num_workers)
     assert len(cut.tasks) == num_rows or len(cut.tasks) % wanted == 0  # whole rounds of equal tasks

@@ -19,7 +19,7 @@ from tri_mpk.ops.gemv import (
     block_rows,
     slot_rows,
 )
-from tri_mpk.ops.op import Machine
+from tri_mpk.ops.op import Machine, next_power_of_2
 from tri_mpk.program import NUM_WARPS
 from tri_mpk.scheduler.device import SHARED_BYTES
 
@@ -31,30 +31,39 @@ def power_of_2(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-@given(k=st.integers(1, 1 << 17))
-def test_slots_are_as_many_rows_as_fit(k):
-    rows = slot_rows(k, RING)
-    assert power_of_2(rows) and rows <= 16
+@given(k=st.integers(1, 1 << 17), task_rows=st.integers(1, 2000))
+def test_slots_are_as_many_rows_as_fit(k, task_rows):
+    rows = slot_rows(k, RING, task_rows)
+    assert rows <= 16 and 4 * rows >= 3 * next_power_of_2(rows)
     assert rows == 1 or rows * k * 2 <= 32 << 10
     assert rows == 16 or 2 * rows * k * 2 > 32 << 10, "more would have fitted"
 
 
-@given(k=st.integers(1, 1 << 17), matrices=st.sampled_from([1, 2]))
-def test_the_sums_of_a_block_fit(k, matrices):
-    slot, rows = slot_rows(k, RING), block_rows(k, RING, matrices)
-    assert power_of_2(rows) and rows % slot == 0  # tl.arange, and whole slots but for the last one
+@given(k=st.integers(1, 1 << 17), task_rows=st.integers(1, 2000), matrices=st.sampled_from([1, 2]))
+def test_the_sums_of_a_block_fit(k, task_rows, matrices):
+    slot, rows = slot_rows(k, RING, task_rows, matrices), block_rows(RING, matrices)
+    assert power_of_2(rows)  # tl.arange
+    if task_rows > rows:
+        assert rows % slot == 0, "whole slots but for the last one"
+    assert -(-min(task_rows, rows) // slot) * slot <= rows, "the last slot's rows have a place, too"
     assert rows * matrices == SUMS_ROWS.value
     assert SUMS_ROWS.value * WARPS.value * 4 == SUMS_BYTES.value
 
 
-@pytest.mark.parametrize(("k", "slot", "block"), [(256, 16, 256), (2048, 8, 256), (4096, 4, 256), (12288, 1, 256)])
-def test_known_sizes(k, slot, block):
-    assert (slot_rows(k, RING), block_rows(k, RING)) == (slot, block)
+@pytest.mark.parametrize(
+    ("k", "task_rows", "slot"),
+    [
+        (256, 100, 16), (1536, 100, 8), (2048, 100, 8), (2560, 100, 6), (3072, 100, 4), (4096, 100, 4), (5120, 100, 3),
+        (5120, 255, 3), (5120, 256, 2), (5120, 1151, 2), (12288, 100, 1),
+    ],
+)  # fmt: skip
+def test_known_sizes(k, task_rows, slot):
+    assert slot_rows(k, RING, task_rows) == slot
 
 
 @given(k=st.integers(1, 1 << 17), matrices=st.sampled_from([1, 2]))
 def test_without_a_ring_the_machine_decides(k, matrices):
-    assert slot_rows(k, PLAIN) == 0 and block_rows(k, PLAIN, matrices) == 256
+    assert slot_rows(k, PLAIN, 100, matrices) == 0 and block_rows(PLAIN, matrices) == 256
 
 
 def test_what_lies_in_shared_memory_does_not_overlap():
