@@ -169,11 +169,13 @@ def multiply_block(
     MULTIPLY: tl.constexpr = f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{TYPE}.{TYPE}"
     return tl.inline_asm_elementwise(
         f"""{{
-        .reg .pred p, q, two, mine, lead, many, yes; .reg .u64 dw, dx, map, map2, policy, wide, xwide;
+        .reg .pred p, q, two, mine, lead, many, yes; .reg .u64 dw, dx, map, map2, policy;
         .reg .u32 tid, warp, lane, slot, phase, xslot, xphase, i, j, k, sub, subs, slots, at, into, bytes, step, stride;
         .reg .u32 column, token, row, panels, size, full, m, used, xused, xn, xunit, xstride, xslots;
+        .reg .u32 w, x, w0, x0, upper;
         .reg .f32 a<32>;
-        mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31; setp.eq.u32 lead, lane, 0;
+        mov.u32 tid, %tid.x; and.b32 lane, tid, 31; setp.eq.u32 lead, lane, 0;
+        shr.u32 warp, tid, 5; shfl.sync.idx.b32 warp, warp, 0, 31, 0xffffffff;
         setp.eq.u32 yes, tid, tid;
         bar.sync 0;  // the sums of the block before have been read
         ld.shared.v4.b32 {{slot, phase, xslot, xphase}}, [$1 + 384];
@@ -187,10 +189,15 @@ def multiply_block(
         setp.eq.u32 p, warp, 4; @p bra WEIGHTS;
         setp.eq.u32 p, warp, 5; @p bra ACTIVATIONS;
 
-        // warps 0 to 3
-        setp.ne.u64 two, $4, 0; selp.u32 stride, 8192, $7, two;
-        shr.u32 k, stride, 4; sub.u32 k, k, 6; cvt.u64.u32 wide, k;
-        shr.u32 k, xstride, 4; sub.u32 k, k, 6; cvt.s64.s32 xwide, k;
+        // warps 0 to 3. What is the same for a warp comes out of a shuffle, so that ptxas keeps it in uniform registers,
+        // where `wgmma` wants its descriptors: their lower words w and x, at w0 and x0 for slot 0
+        shfl.sync.idx.b32 slot, slot, 0, 31, 0xffffffff; shfl.sync.idx.b32 phase, phase, 0, 31, 0xffffffff;
+        shfl.sync.idx.b32 xslot, xslot, 0, 31, 0xffffffff; shfl.sync.idx.b32 xphase, xphase, 0, 31, 0xffffffff;
+        shfl.sync.idx.b32 subs, subs, 0, 31, 0xffffffff; shfl.sync.idx.b32 xslots, xslots, 0, 31, 0xffffffff;
+        setp.ne.u64 two, $4, 0; selp.u32 stride, 8192, $7, two; shr.u32 stride, stride, 4; shr.u32 xstride, xstride, 4;
+        shfl.sync.idx.b32 stride, stride, 0, 31, 0xffffffff; shfl.sync.idx.b32 xstride, xstride, 0, 31, 0xffffffff;
+        shr.u32 w0, $2, 4; or.b32 w0, w0, 0x10000; shfl.sync.idx.b32 w0, w0, 0, 31, 0xffffffff;
+        add.u32 x0, w0, {X_AT // 16}; mov.u32 upper, 0x40000040;
         mov.f32 a0, 0f00000000; mov.f32 a1, a0; mov.f32 a2, a0; mov.f32 a3, a0; mov.f32 a4, a0; mov.f32 a5, a0;
         mov.f32 a6, a0; mov.f32 a7, a0; mov.f32 a8, a0; mov.f32 a9, a0; mov.f32 a10, a0; mov.f32 a11, a0;
         mov.f32 a12, a0; mov.f32 a13, a0; mov.f32 a14, a0; mov.f32 a15, a0;
@@ -204,20 +211,27 @@ def multiply_block(
         FULL: mbarrier.try_wait.parity.shared::cta.b64 p, [full], phase; @!p bra FULL;
         SLOT: mad.lo.u32 at, xslot, 8, $1; shr.u32 k, xphase, xslot; and.b32 k, k, 1;
         XFULL: mbarrier.try_wait.parity.shared::cta.b64 p, [at + 128], k; @!p bra XFULL;
-        mad.lo.u32 into, slot, {PANEL_SLOT_BYTES}, $2; shl.b32 k, sub, 1; mad.lo.u32 into, k, stride, into;
-        shr.u32 into, into, 4; cvt.u64.u32 dw, into; or.b64 dw, dw, 0x4000004000010000;
-        shl.b32 k, xstride, 1; mad.lo.u32 into, xslot, k, $2; add.u32 into, into, {X_AT};
-        shr.u32 into, into, 4; cvt.u64.u32 dx, into; or.b64 dx, dx, 0x4000004000010000;
-        mov.u32 k, 2;
+        mad.lo.u32 w, slot, {PANEL_SLOT_BYTES // 16}, w0; shl.b32 k, sub, 1; mad.lo.u32 w, k, stride, w;
+        shl.b32 k, xstride, 1; mad.lo.u32 x, xslot, k, x0;
         bar.warp.sync 0xffffffff;
         wgmma.fence.sync.aligned;
-        PANEL:
-        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0; add.u64 dw, dw, 2; add.u64 dx, dx, 2;
-        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0; add.u64 dw, dw, 2; add.u64 dx, dx, 2;
-        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0; add.u64 dw, dw, 2; add.u64 dx, dx, 2;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
         {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
-        add.u64 dw, dw, wide; add.s64 dx, dx, xwide;
-        sub.u32 k, k, 1; setp.ne.u32 p, k, 0; @p bra PANEL;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}};
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        add.u32 w, w, stride; sub.u32 w, w, 6; add.u32 x, x, xstride; sub.u32 x, x, 6;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}}; add.u32 w, w, 2; add.u32 x, x, 2;
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
+        mov.b64 dw, {{w, upper}}; mov.b64 dx, {{x, upper}};
+        {MULTIPLY} {SUMS}, dw, dx, yes, 1, 1, 0, 0;
         wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;
         // what the step before has used is empty
         setp.ne.and.u32 p, xused, 0, lead; @p mbarrier.arrive.shared::cta.b64 _, [xused];

@@ -111,8 +111,9 @@ class Emulator(ABC):
                 at = labels[operands[0]]
             elif kind == "bar":
                 state = "barrier" if suffixes == ["sync"] else ""
-            elif kind in ("mov", "cvt"):
-                value = read(operands[1])
+            elif kind in ("mov", "cvt", "shfl"):  # of a warp's lanes that is there is the one that others ask
+                low, *high = map(read, operands[1].strip("{}").split(","))
+                value = low | high[0] << 32 if high else low
                 if suffixes == ["s64", "s32"]:
                     value = signed(value, 32)
                 registers[operands[0]] = value & (1 << 64) - 1 if kind == "cvt" else value
