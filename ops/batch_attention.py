@@ -27,6 +27,53 @@ from tri_mpk.scheduler.graph import Task
 
 BLOCK_M = 32  # rows: tokens times heads of a group
 BLOCK_BYTES = 64 << 10
+PREFETCH_ITEMS = tl.constexpr(True)  # whether L2 is asked for what a worker's next item reads
+
+
+@triton.jit
+def item_extent(items_ptr, index, num_items):
+    """Of an item: first token | split << 16, sequence, position of the last token; if there is none, -1 for that."""
+    item_ptr = items_ptr + index * ITEM_WORDS
+    is_item = index < num_items
+    return (
+        tl.load(item_ptr, mask=is_item, other=0),
+        tl.load(item_ptr + 2, mask=is_item, other=0),
+        tl.load(item_ptr + 3, mask=is_item, other=-1),
+    )
+
+
+@triton.jit
+def item_lines(
+    extent, page_table_ptr, k_cache_ptr, kv_head, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    NUM_PAGES: tl.constexpr, SPLIT_TOKENS: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Where in the caches the lines of an item's first block begin, and which are wanted [BLOCK_KV, lines of a row]."""
+    LINE: tl.constexpr = 128 // (k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    item, sequence, last_position = extent
+    kv = (item >> 16) * SPLIT_TOKENS + tl.arange(0, BLOCK_KV)[:, None]
+    d = tl.arange(0, (BLOCK_DH + LINE - 1) // LINE)[None, :] * LINE
+    is_kv = kv <= last_position
+    page = tl.load(page_table_ptr + sequence * NUM_PAGES + kv // PAGE_SIZE, mask=is_kv, other=0).to(tl.int64)
+    return ((page * HKV + kv_head) * PAGE_SIZE + kv % PAGE_SIZE) * DH + d, (is_kv & (d < DH)).to(tl.int32)
+
+
+@triton.jit
+def prefetch_lines(lines, k_cache_ptr, v_cache_ptr):
+    """Nothing waits for them: two instructions of a thread, if it has a line."""
+    at, wanted = lines
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.s32 p, $3, 0;
+        @p prefetch.global.L2 [$1];
+        @p prefetch.global.L2 [$2];
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,l,r",
+        [(k_cache_ptr + at).to(tl.int64), (v_cache_ptr + at).to(tl.int64), wanted],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -42,6 +89,22 @@ def batch_attention_tile(
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
     rows = tl.arange(0, BLOCK_M)
+    AHEAD: tl.constexpr = PREFETCH_ITEMS and not PORTABLE
+    if AHEAD:
+        # The first two items' lines while we wait: nobody writes older rows of the cache in this step. The list may be
+        # that of the step before, since only the wait makes sure: those, too, are rows that exist.
+        num_items = tl.load(counts_ptr)
+        extent = item_extent(items_ptr, part, num_items)
+        later = item_extent(items_ptr, part + NUM_PARTS, num_items)
+        lines = item_lines(
+            extent, page_table_ptr, k_cache_ptr, kv_head,
+            HKV, DH, PAGE_SIZE, NUM_PAGES, SPLIT_TOKENS, BLOCK_DH, BLOCK_KV,
+        )  # fmt: skip
+        prefetch_lines(lines, k_cache_ptr, v_cache_ptr)
+        lines = item_lines(
+            later, page_table_ptr, k_cache_ptr, kv_head,
+            HKV, DH, PAGE_SIZE, NUM_PAGES, SPLIT_TOKENS, BLOCK_DH, BLOCK_KV,
+        )  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_items = tl.load(counts_ptr)
     for index in tl.range(part, num_items, NUM_PARTS, num_stages=1, disable_licm=True):
@@ -57,6 +120,10 @@ def batch_attention_tile(
         position = tl.where(is_row, last_position - last_token + token, -1)
         at = token * H + kv_head * GROUP + rows % GROUP
         q = tl.load(q_ptr + at[:, None] * DH + d, mask=is_row[:, None] & (d < DH), other=0.0)
+        if AHEAD:
+            # the next item's lines, whose addresses are known, and of the one after that what they follow from
+            prefetch_lines(lines, k_cache_ptr, v_cache_ptr)
+            later = item_extent(items_ptr, index + 2 * NUM_PARTS, num_items)
         first = split * SPLIT_TOKENS
         last = tl.minimum(first + SPLIT_TOKENS, last_position + 1)
         m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: the difference of two must be a number
@@ -77,6 +144,11 @@ def batch_attention_tile(
             l = l * alpha + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             m = m_new
+        if AHEAD:
+            lines = item_lines(
+                later, page_table_ptr, k_cache_ptr, kv_head,
+                HKV, DH, PAGE_SIZE, NUM_PAGES, SPLIT_TOKENS, BLOCK_DH, BLOCK_KV,
+            )  # fmt: skip
         at += split * (MAX_TOKENS * H)
         is_row = is_row & (position >= first)  # earlier tokens of the block may have nothing in the last split
         result = (acc / tl.where(l > 0, l, 1.0)[:, None]).to(parts_ptr.dtype.element_ty)
