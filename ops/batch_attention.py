@@ -4,13 +4,15 @@ counts [2], items [.., 4] int32 read: what there is to do, see batch_items | pag
 q [T, H, Dh] read, rotated and times the scale in base 2 | k, v cache [num_pages, Hkv, page_size, Dh] read
 parts [max splits, T, H, Dh], lse [max splits, T, H] fp32 written
 An item is up to BLOCK_TOKENS tokens of a sequence and SPLIT_TOKENS positions; its rows are all heads of the group of
-these tokens. Each row attends to the positions up to its own, block by block, as an online softmax in base 2. A block
-is a whole split, where registers and shared memory have room for it: what takes time is how often threads wait for each
-other, not how many positions there are. Splits and blocks begin at multiples of their size, and a block that lies
-behind a row's position changes none of its bits, so a token's result depends neither on its neighbours nor on how a
-prompt was cut into chunks.
+these tokens. Each row attends to the positions up to its own, block by block, as an online softmax in base 2. Splits
+and blocks begin at multiples of their size, and a block that lies behind a row's position changes none of its bits, so
+a token's result depends neither on its neighbours nor on how a prompt was cut into chunks.
 
-One task = one KV head, every num_parts-th item. BLOCK_M < 64 rows, as in batch_gemm: one kind of instruction.
+One task = one KV head, every num_parts-th item. All blocks of all its items are one loop, which Triton pipelines: while
+one is computed, keys, values and queries of the next one are copied to shared memory, be it of this item or of another.
+Blocks are as large as two of them fit there: what takes time besides is how often threads wait for each other, not how
+many positions there are. So the sum of an item's weights, too, is left where it arises until its last block is done.
+BLOCK_M < 64 rows, as in batch_gemm: one kind of instruction.
 Source: arXiv:2205.14135, 2311.01282 (flash decoding).
 """
 
@@ -26,7 +28,104 @@ from tri_mpk.scheduler.device import signal, wait
 from tri_mpk.scheduler.graph import Task
 
 BLOCK_M = 32  # rows: tokens times heads of a group
-BLOCK_BYTES = 64 << 10
+BLOCK_POSITIONS = 128  # at once, if keys of so many take no more than
+BLOCK_BYTES = 32 << 10
+STAGES = tl.constexpr(3)  # of the loop: one block less is in shared memory, or on its way there
+PREFETCH_ITEMS = tl.constexpr(True)  # whether L2 is asked for what a worker's first item reads
+
+
+@triton.jit
+def load_item(items_ptr, index, num_items):
+    """First token | split << 16, last token, sequence, position of the last token; if there is none, no positions."""
+    item_ptr = items_ptr + index * ITEM_WORDS
+    is_item = index < num_items
+    return (
+        tl.load(item_ptr, mask=is_item, other=0),
+        tl.load(item_ptr + 1, mask=is_item, other=-1),
+        tl.load(item_ptr + 2, mask=is_item, other=0),
+        tl.load(item_ptr + 3, mask=is_item, other=-1),
+    )
+
+
+@triton.jit
+def positions_of(word, last_position, SPLIT_TOKENS: tl.constexpr):
+    """The first position of an item, and the end."""
+    first = (word >> 16) * SPLIT_TOKENS
+    return first, tl.minimum(first + SPLIT_TOKENS, last_position + 1)
+
+
+@triton.jit
+def block_after(item, index, block, NUM_PARTS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Which item, and which block of it, follows block `block` of item `index`; whether it is another item."""
+    first, end = positions_of(item[0], item[3], SPLIT_TOKENS)
+    is_last = first + (block + 1) * BLOCK_KV >= end
+    return tl.where(is_last, index + NUM_PARTS, index), tl.where(is_last, 0, block + 1), is_last
+
+
+@triton.jit
+def load_pages(kv, end, sequence, page_table_ptr, PAGE_SIZE: tl.constexpr, NUM_PAGES: tl.constexpr):
+    return tl.load(page_table_ptr + sequence * NUM_PAGES + kv.to(tl.uint32) // PAGE_SIZE, mask=kv < end, other=0)
+
+
+@triton.jit
+def prefetch_item(
+    item, page_table_ptr, k_cache_ptr, v_cache_ptr, kv_head,
+    HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_PAGES: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Asks L2 for an item's first two blocks; nothing waits for them."""
+    LINE: tl.constexpr = 128 // (k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    first, end = positions_of(item[0], item[3], SPLIT_TOKENS)
+    kv = first + tl.arange(0, 2 * BLOCK_KV)[:, None]
+    d = tl.arange(0, (BLOCK_DH + LINE - 1) // LINE)[None, :] * LINE
+    page = load_pages(kv, end, item[2], page_table_ptr, PAGE_SIZE, NUM_PAGES).to(tl.int64)
+    at = ((page * HKV + kv_head) * PAGE_SIZE + kv % PAGE_SIZE) * DH + d
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p; setp.ne.s32 p, $3, 0;
+        @p prefetch.global.L2 [$1];
+        @p prefetch.global.L2 [$2];
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,l,r",
+        [(k_cache_ptr + at).to(tl.int64), (v_cache_ptr + at).to(tl.int64), ((kv < end) & (d < DH)).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def item_rows(item, rows, kv_head, H: tl.constexpr, GROUP: tl.constexpr):
+    """Of an item's rows: their number in q, token times H plus head; their position, -1 if there is no such token."""
+    token = (item[0] & 0xFFFF) + rows // GROUP
+    position = tl.where(token <= item[1], item[3] - item[1] + token, -1)
+    return token * H + kv_head * GROUP + rows % GROUP, position
+
+
+@triton.jit
+def log2(x, PORTABLE: tl.constexpr):
+    """A single instruction, where `tl.log2` has thirty."""
+    if PORTABLE:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def count_blocks(
+    items_ptr, num_items, part,
+    NUM_PARTS: tl.constexpr, MAX_ITEMS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Of all items of a task."""
+    index = part + tl.arange(0, MAX_ITEMS) * NUM_PARTS
+    item_ptr = items_ptr + index * ITEM_WORDS
+    word = tl.load(item_ptr, mask=index < num_items, other=0)
+    last_position = tl.load(item_ptr + 3, mask=index < num_items, other=-1)
+    first, end = positions_of(word, last_position, SPLIT_TOKENS)
+    return tl.sum((end - first + BLOCK_KV - 1) // BLOCK_KV, axis=0)
 
 
 @triton.jit
@@ -36,52 +135,81 @@ def batch_attention_tile(
     parts_ptr, lse_ptr,  # out
     kv_head, part,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_PAGES: tl.constexpr,
-    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, MAX_TOKENS: tl.constexpr, MAX_ITEMS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DH: tl.constexpr, BLOCK_KV: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // HKV
     d = tl.arange(0, BLOCK_DH)[None, :]
     rows = tl.arange(0, BLOCK_M)
+    positions = tl.arange(0, BLOCK_KV)
+    if PREFETCH_ITEMS and not PORTABLE:
+        # On their way while we wait: nobody writes older rows of the cache in this step. The list may be that of the
+        # step before, since only the wait makes sure: those, too, are rows that exist.
+        prefetch_item(
+            load_item(items_ptr, part, tl.load(counts_ptr)), page_table_ptr, k_cache_ptr, v_cache_ptr, kv_head,
+            HKV, DH, PAGE_SIZE, NUM_PAGES, SPLIT_TOKENS, BLOCK_DH, BLOCK_KV,
+        )  # fmt: skip
     wait(task, event_ptr, control_ptr, epoch, PORTABLE)
     num_items = tl.load(counts_ptr)
-    for index in tl.range(part, num_items, NUM_PARTS, num_stages=1, disable_licm=True):
-        item_ptr = items_ptr + index * ITEM_WORDS
-        item = tl.load(item_ptr)
-        last_token = tl.load(item_ptr + 1)
-        sequence = tl.load(item_ptr + 2)
-        last_position = tl.load(item_ptr + 3)
-        token0 = item & 0xFFFF
-        split = item >> 16
-        token = token0 + rows // GROUP
-        is_row = token <= last_token
-        position = tl.where(is_row, last_position - last_token + token, -1)
-        at = token * H + kv_head * GROUP + rows % GROUP
-        q = tl.load(q_ptr + at[:, None] * DH + d, mask=is_row[:, None] & (d < DH), other=0.0)
-        first = split * SPLIT_TOKENS
-        last = tl.minimum(first + SPLIT_TOKENS, last_position + 1)
-        m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: the difference of two must be a number
-        l = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_DH], tl.float32)
-        for start in tl.range(first, last, BLOCK_KV, num_stages=1):
-            kv = start + tl.arange(0, BLOCK_KV)
-            page = tl.load(page_table_ptr + sequence * NUM_PAGES + kv // PAGE_SIZE, mask=kv < last, other=0)
-            row = ((page.to(tl.int64) * HKV + kv_head) * PAGE_SIZE + kv % PAGE_SIZE)[:, None] * DH + d
-            mask = (kv < last)[:, None] & (d < DH)
-            k = tl.load(k_cache_ptr + row, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + row, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = tl.where(kv[None, :] <= position[:, None], scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, axis=1))
-            p = tl.exp2(scores - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            l = l * alpha + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-            m = m_new
-        at += split * (MAX_TOKENS * H)
-        is_row = is_row & (position >= first)  # earlier tokens of the block may have nothing in the last split
-        result = (acc / tl.where(l > 0, l, 1.0)[:, None]).to(parts_ptr.dtype.element_ty)
-        tl.store(parts_ptr + at[:, None] * DH + d, result, mask=is_row[:, None] & (d < DH))
-        tl.store(lse_ptr + at, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=is_row)
+    num_blocks = count_blocks(items_ptr, num_items, part, NUM_PARTS, MAX_ITEMS, SPLIT_TOKENS, BLOCK_KV)
+    # A block is computed two iterations after its copies began. So its item is loaded again then, by a counter of its
+    # own: what both halves of the loop used would be kept in registers meanwhile. Pages, too, are loaded an iteration
+    # before the copies need them, and their item another one before.
+    index = part
+    block = 0
+    item = load_item(items_ptr, index, num_items)
+    first, end = positions_of(item[0], item[3], SPLIT_TOKENS)
+    page = load_pages(first + positions, end, item[2], page_table_ptr, PAGE_SIZE, NUM_PAGES)
+    to_copy = item
+    block_to_copy = 0
+    next_index, next_block, _ = block_after(item, index, block, NUM_PARTS, SPLIT_TOKENS, BLOCK_KV)
+    following = load_item(items_ptr, next_index, num_items)
+    m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: the difference of two must be a number
+    l = tl.zeros([BLOCK_M, BLOCK_KV], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DH], tl.float32)
+    for _ in tl.range(0, num_blocks, num_stages=STAGES, disable_licm=True):
+        first, end = positions_of(to_copy[0], to_copy[3], SPLIT_TOKENS)
+        kv = first + block_to_copy * BLOCK_KV + positions
+        row = (page * HKV + kv_head) * PAGE_SIZE + (kv.to(tl.uint32) % PAGE_SIZE).to(tl.int32)
+        row = row.to(tl.int64)[:, None] * DH + d
+        mask = (kv < end)[:, None] & (d < DH)
+        k = tl.load(k_cache_ptr + row, mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + row, mask=mask, other=0.0)
+        at, position = item_rows(to_copy, rows, kv_head, H, GROUP)
+        q = tl.load(q_ptr + at[:, None] * DH + d, mask=(position >= 0)[:, None] & (d < DH), other=0.0)
+        _, block_to_copy, _ = block_after(to_copy, 0, block_to_copy, NUM_PARTS, SPLIT_TOKENS, BLOCK_KV)
+        to_copy = load_item(items_ptr, next_index, num_items)
+        first, end = positions_of(following[0], following[3], SPLIT_TOKENS)
+        kv = first + next_block * BLOCK_KV + positions
+        page = load_pages(kv, end, following[2], page_table_ptr, PAGE_SIZE, NUM_PAGES)
+        next_index, next_block, _ = block_after(following, next_index, next_block, NUM_PARTS, SPLIT_TOKENS, BLOCK_KV)
+        following = load_item(items_ptr, next_index, num_items)
+
+        first, _ = positions_of(item[0], item[3], SPLIT_TOKENS)
+        kv = first + block * BLOCK_KV + positions
+        at, position = item_rows(item, rows, kv_head, H, GROUP)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(kv[None, :] <= position[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1))
+        p = tl.exp2(scores - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha[:, None] + p
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+        at += (item[0] >> 16) * (MAX_TOKENS * H)
+        is_row = position >= first  # earlier tokens of the block may have nothing in the last split
+        index, block, is_last = block_after(item, index, block, NUM_PARTS, SPLIT_TOKENS, BLOCK_KV)
+        if is_last:
+            total = tl.sum(l, axis=1)
+            total = tl.where(total > 0, total, 1.0)
+            result = (acc * (1.0 / total)[:, None]).to(parts_ptr.dtype.element_ty)
+            tl.store(parts_ptr + at[:, None] * DH + d, result, mask=is_row[:, None] & (d < DH))
+            tl.store(lse_ptr + at, m + log2(total, PORTABLE), mask=is_row)
+        # and the next item begins
+        m = tl.where(is_last, -1e30, m)
+        l = tl.where(is_last, 0.0, l)
+        acc = tl.where(is_last, 0.0, acc)
+        item = load_item(items_ptr, index, num_items)
     signal(task, event_ptr, PORTABLE)
 
 
@@ -91,8 +219,8 @@ def block_tokens(num_q_heads: int, num_kv_heads: int) -> int:
 
 
 def block_positions(split_tokens: int, head_dim: int, itemsize: int) -> int:
-    """BLOCK_KV: positions that are loaded at once, a whole split if it fits BLOCK_BYTES of keys."""
-    return min(split_tokens, BLOCK_BYTES // (next_power_of_2(head_dim) * itemsize))
+    """BLOCK_KV: positions that are loaded at once, a whole split if it is that short."""
+    return min(split_tokens, BLOCK_POSITIONS, BLOCK_BYTES // (next_power_of_2(head_dim) * itemsize))
 
 
 def num_item_parts(num_kv_heads: int, num_workers: int) -> int:
@@ -126,7 +254,8 @@ def cut_batch_attention(
         {
             "H": num_q_heads, "HKV": num_kv_heads, "DH": head_dim,
             "PAGE_SIZE": page_size, "NUM_PAGES": page_table.dims[1], "NUM_PARTS": num_parts,
-            "MAX_TOKENS": max_tokens, "SPLIT_TOKENS": split_tokens,
+            "MAX_TOKENS": max_tokens,
+            "MAX_ITEMS": next_power_of_2(-(-items.dims[0] // num_parts)), "SPLIT_TOKENS": split_tokens,
             "BLOCK_M": max(BLOCK_M, next_power_of_2(group)), "BLOCK_DH": next_power_of_2(head_dim),
             "BLOCK_KV": block_positions(split_tokens, head_dim, k_cache.dtype.itemsize),
         },

@@ -103,7 +103,9 @@ def test_batch_kernels_fit_hopper(report: dict[str, Any]):
     assert report["registers"] <= MAX_REGISTERS and report["spills"] <= report["known_spills"]
     assert TILES_BYTES.value <= report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] == report["bulk_copies"] == 0
-    assert list(report["copies"]) == ["16"] and report["copies"]["16"] >= 24, "keys and values; the head's many tokens"
+    copies = dict(report["copies"])
+    assert copies.pop("8", 0) in (0, 3), "a thread's part of the queries, of heads of 64"
+    assert list(copies) == ["16"] and copies["16"] >= 36, "keys and values: two blocks ahead, and in the loop"
     assert report["wgmma.mma"] > 0 and report["mma.sync"] > 0, "matrices; attention"
 
 

@@ -7,6 +7,7 @@ import torch
 
 from batch_harness import BatchHarness
 from tolerances import check_close
+from tri_mpk.ops import batch_attention
 from tri_mpk.ops.append_kv import APPEND_KV
 from tri_mpk.ops.batch_attention import BATCH_ATTENTION, block_positions, block_tokens
 from tri_mpk.ops.batch_embedding import BATCH_EMBEDDING
@@ -85,7 +86,9 @@ def results(harness):
         "k_norm": harness.gain(40),
     }
     mpk.batch_attention_layer(work=work, scale=0.3, eps=EPS, **cases["attention"])
-    harness.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_attention, "BLOCK_BYTES", 16 << 10)  # 64 positions at once: up to three blocks of an item
+        harness.run()
     return cases
 
 
@@ -201,5 +204,5 @@ def test_merge_of_several_parts():
 
 
 def test_positions_that_are_loaded_at_once():
-    for split_tokens, head_dim, expected in ((256, 128, 256), (512, 80, 256), (256, 256, 128), (256, 64, 256)):
+    for split_tokens, head_dim, expected in ((256, 128, 128), (512, 80, 128), (256, 256, 64), (256, 64, 128)):
         assert block_positions(split_tokens, head_dim, itemsize=2) == expected
