@@ -30,7 +30,7 @@ from tri_mpk.scheduler.graph import Task
 BLOCK_M = 32  # rows: tokens times heads of a group
 BLOCK_POSITIONS = 128  # at once, if keys of so many take no more than
 BLOCK_BYTES = 32 << 10
-STAGES = tl.constexpr(3)  # of the loop: one block less is in shared memory, or on its way there
+STAGES = tl.constexpr(2)  # of the loop: while one block is computed, the next one is on its way
 PREFETCH_ITEMS = tl.constexpr(True)  # whether L2 is asked for what a worker's first item reads
 
 

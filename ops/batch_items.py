@@ -5,8 +5,8 @@ items [T * max splits, 4] int32, outputs [S] int32, counts [2] int32 (how many i
 An item is BLOCK_TOKENS neighbours of one sequence (its last block may have fewer) and one split of the positions they
 attend to: split s has positions s * SPLIT_TOKENS to (s + 1) * SPLIT_TOKENS, whatever else is in the step. Written as
 first token | split << 16, last token, sequence, position of the last token. All layers work through the same items, so
-that no task of attention is empty while others have more than their share. A single task, needed by the first layer's
-attention only.
+that no task of attention is empty while others have more than their share: whole splits come first, and what ends with
+the last token, often short, behind them. A single task, needed by the first layer's attention only.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def batch_items_tile(
     position = tl.load(positions_ptr + token, mask=is_token, other=0) + last - token
     begins = is_token & ((token - first) % BLOCK_TOKENS == 0)
     num_splits = tl.where(begins, tl.minimum(position // SPLIT_TOKENS + 1, MAX_SPLITS), 0)
-    up_to = tl.cumsum(num_splits, axis=0)
+    num_whole = tl.where(begins, num_splits - 1, 0)
+    place = tl.cumsum(num_whole, axis=0) - num_whole
+    last_place = tl.sum(num_whole, axis=0) + tl.cumsum(begins.to(tl.int32), axis=0) - 1
     for split in tl.range(0, MAX_SPLITS, num_stages=1):
-        item_ptr = items_ptr + (up_to - num_splits + split) * ITEM_WORDS
+        item_ptr = items_ptr + tl.where(split < num_whole, place + split, last_place) * ITEM_WORDS
         tl.store(item_ptr, token | (split << 16), mask=split < num_splits)
         tl.store(item_ptr + 1, last, mask=split < num_splits)
         tl.store(item_ptr + 2, sequence, mask=split < num_splits)
@@ -109,14 +111,15 @@ def batch_items_torch(
     block_tokens: int,
     split_tokens: int,
 ) -> tuple[list[tuple[int, int, int, int, int]], list[int]]:
-    """Items (first token, split, last token, sequence, its position) in the order of the tokens, and outputs."""
+    """Items (first token, split, last token, sequence, its position), last splits behind the others, and outputs."""
     items = []
     for sequence, (first, count) in enumerate(zip(first_token.tolist(), sequence_tokens.tolist(), strict=True)):
         for token in range(first, first + count, block_tokens):
             last = min(token + block_tokens, first + count) - 1
             position = int(positions[last])
             items += [(token, split, last, sequence, position) for split in range(position // split_tokens + 1)]
-    return sorted(items), [s for s, token in enumerate(output_token.tolist()) if token >= 0]
+    items.sort(key=lambda item: (item[1] == item[4] // split_tokens, item))
+    return items, [s for s, token in enumerate(output_token.tolist()) if token >= 0]
 
 
 BATCH_ITEMS = Op("batch_items", batch_items_tile, cut_batch_items, batch_items_torch)
