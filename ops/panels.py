@@ -174,30 +174,26 @@ def multiply_block(
         .reg .u32 column, token, row, panels, size, full, m, used, xused, xn, xunit, xstride, xslots;
         .reg .u32 w, x, w0, x0, upper;
         .reg .f32 a<32>;
-        mov.u32 tid, %tid.x; and.b32 lane, tid, 31; setp.eq.u32 lead, lane, 0;
-        shr.u32 warp, tid, 5; shfl.sync.idx.b32 warp, warp, 0, 31, 0xffffffff;
+        mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31; setp.eq.u32 lead, lane, 0;
         setp.eq.u32 yes, tid, tid;
         bar.sync 0;  // the sums of the block before have been read
         ld.shared.v4.b32 {{slot, phase, xslot, xphase}}, [$1 + 384];
         setp.gt.u32 p, warp, 5; @p bra END;
-        shr.u32 subs, $6, 1; add.u32 slots, subs, {STEPS - 1}; div.u32 slots, slots, subs;
+        // steps of a slot, and requests for a panel of activations, are one or two: no division is needed
+        shr.u32 subs, $6, 1; add.u32 slots, subs, {STEPS - 1}; sub.u32 k, subs, 1; shr.u32 slots, slots, k;
         // activations: requests for a panel, bytes of one, of a panel, and how many steps there is room for
         setp.gt.u32 many, $15, 16; selp.u32 xunit, 4096, 1024, many; selp.u32 k, 5, 3, many;
-        sub.u32 xn, $15, 1; shr.u32 xn, xn, k; add.u32 xn, xn, 1; mul.lo.u32 xstride, xn, xunit; shl.b32 k, xstride, 1;
-        mov.u32 xslots, {X_BYTES}; div.u32 xslots, xslots, k; min.u32 xslots, xslots, {X_SLOTS};
+        sub.u32 xn, $15, 1; shr.u32 xn, xn, k; shl.b32 xstride, xunit, xn; add.u32 xn, xn, 1;
+        selp.u32 xslots, {X_BYTES // 8192}, {X_BYTES // 2048}, many; sub.u32 m, xn, 1;
+        shr.u32 xslots, xslots, m; min.u32 xslots, xslots, {X_SLOTS};
         min.u32 xslots, xslots, {STEPS};  // what is asked for belongs to this block or to the next one
         setp.eq.u32 p, warp, 4; @p bra WEIGHTS;
         setp.eq.u32 p, warp, 5; @p bra ACTIVATIONS;
 
-        // warps 0 to 3. What is the same for a warp comes out of a shuffle, so that ptxas keeps it in uniform registers,
-        // where `wgmma` wants its descriptors: their lower words w and x, at w0 and x0 for slot 0
-        shfl.sync.idx.b32 slot, slot, 0, 31, 0xffffffff; shfl.sync.idx.b32 phase, phase, 0, 31, 0xffffffff;
-        shfl.sync.idx.b32 xslot, xslot, 0, 31, 0xffffffff; shfl.sync.idx.b32 xphase, xphase, 0, 31, 0xffffffff;
-        shfl.sync.idx.b32 subs, subs, 0, 31, 0xffffffff; shfl.sync.idx.b32 xslots, xslots, 0, 31, 0xffffffff;
+        // warps 0 to 3. The lower words of descriptors are w and x, w0 and x0 for slot 0. ptxas moves each descriptor to
+        // registers that `wgmma` takes, most of a step's instructions; adding up 64 bits would be a third more
         setp.ne.u64 two, $4, 0; selp.u32 stride, 8192, $7, two; shr.u32 stride, stride, 4; shr.u32 xstride, xstride, 4;
-        shfl.sync.idx.b32 stride, stride, 0, 31, 0xffffffff; shfl.sync.idx.b32 xstride, xstride, 0, 31, 0xffffffff;
-        shr.u32 w0, $2, 4; or.b32 w0, w0, 0x10000; shfl.sync.idx.b32 w0, w0, 0, 31, 0xffffffff;
-        add.u32 x0, w0, {X_AT // 16}; mov.u32 upper, 0x40000040;
+        shr.u32 w0, $2, 4; or.b32 w0, w0, 0x10000; add.u32 x0, w0, {X_AT // 16}; mov.u32 upper, 0x40000040;
         mov.f32 a0, 0f00000000; mov.f32 a1, a0; mov.f32 a2, a0; mov.f32 a3, a0; mov.f32 a4, a0; mov.f32 a5, a0;
         mov.f32 a6, a0; mov.f32 a7, a0; mov.f32 a8, a0; mov.f32 a9, a0; mov.f32 a10, a0; mov.f32 a11, a0;
         mov.f32 a12, a0; mov.f32 a13, a0; mov.f32 a14, a0; mov.f32 a15, a0;
@@ -289,7 +285,8 @@ def multiply_block(
         createpolicy.fractional.L2::evict_last.b64 policy, 1.0;
         add.u64 map, $13, {TENSOR_MAP_BYTES}; selp.b64 map, map, $13, many;
         shl.b32 k, xn, 1; setp.lt.u32 mine, lane, k; mul.lo.u32 bytes, k, xunit;
-        div.u32 k, lane, xn; rem.u32 token, lane, xn; mul.lo.u32 at, token, xunit; mad.lo.u32 at, k, xstride, at;
+        sub.u32 m, xn, 1; shr.u32 k, lane, m; and.b32 token, lane, m;
+        mul.lo.u32 at, token, xunit; mad.lo.u32 at, k, xstride, at;
         add.u32 at, at, $2; add.u32 at, at, {X_AT}; shl.b32 column, k, 6;
         selp.u32 k, {MANY_ROWS}, {FEW_ROWS}, many; mad.lo.u32 token, token, k, $14;
         // i counts steps that are being multiplied, from -xslots on if none has been asked for

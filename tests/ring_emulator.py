@@ -111,7 +111,7 @@ class Emulator(ABC):
                 at = labels[operands[0]]
             elif kind == "bar":
                 state = "barrier" if suffixes == ["sync"] else ""
-            elif kind in ("mov", "cvt", "shfl"):  # of a warp's lanes that is there is the one that others ask
+            elif kind in ("mov", "cvt"):
                 low, *high = map(read, operands[1].strip("{}").split(","))
                 value = low | high[0] << 32 if high else low
                 if suffixes == ["s64", "s32"]:

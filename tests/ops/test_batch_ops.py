@@ -146,7 +146,7 @@ def test_items(harness, results):
     )  # fmt: skip
     num_items, num_outputs = work.counts.data.tolist()
     found = [(item & 0xFFFF, item >> 16, *rest) for item, *rest in work.items.data[:num_items].tolist()]
-    assert found == items and len(items) == 7 and (work.items.data[num_items:] == -1).all()
+    assert found == items and len(items) == 10 and (work.items.data[num_items:] == -1).all()
     assert work.outputs.data[:num_outputs].tolist() == outputs == [0, 1, 4]
 
 
