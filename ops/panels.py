@@ -190,7 +190,7 @@ def multiply_block(
         setp.eq.u32 p, warp, 4; @p bra WEIGHTS;
         setp.eq.u32 p, warp, 5; @p bra ACTIVATIONS;
 
-        // warps 0 to 3. The lower words of descriptors are w and x, w0 and x0 for slot 0. ptxas moves each descriptor to
+        // warps 0 to 3. The lower words of descriptors are w and x, w0 and x0 for slot 0. ptxas moves each of them to
         // registers that `wgmma` takes, most of a step's instructions; adding up 64 bits would be a third more
         setp.ne.u64 two, $4, 0; selp.u32 stride, 8192, $7, two; shr.u32 stride, stride, 4; shr.u32 xstride, xstride, 4;
         shr.u32 w0, $2, 4; or.b32 w0, w0, 0x10000; add.u32 x0, w0, {X_AT // 16}; mov.u32 upper, 0x40000040;

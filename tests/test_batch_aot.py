@@ -85,13 +85,13 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
     scope="module",
     params=[
         ("Qwen3-8B", 64, 256, "static", 1, 335),
-        ("Qwen3-8B", 64, 256, "static", 2, 216),
-        ("small", 8, 64, "static", 1, 21),  # matrices whose K is a single tile
-        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 209), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 187), marks=pytest.mark.slow),
-        pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 301), marks=pytest.mark.slow),
-        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 203), marks=pytest.mark.slow),
-        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 234), marks=pytest.mark.slow),
+        ("Qwen3-8B", 64, 256, "static", 2, 222),
+        ("small", 8, 64, "static", 1, 28),  # matrices whose K is a single tile
+        pytest.param(("Qwen3-8B", 8, 64, "hybrid", 1, 210), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 8, 256, "static", 1, 178), marks=pytest.mark.slow),
+        pytest.param(("Llama-3.2-1B", 64, 64, "static", 1, 300), marks=pytest.mark.slow),
+        pytest.param(("Qwen2.5-1.5B", 16, 256, "static", 1, 224), marks=pytest.mark.slow),
+        pytest.param(("Qwen3-32B", 32, 256, "static", 4, 248), marks=pytest.mark.slow),
     ],
     ids=lambda parameters: " ".join(map(str, parameters)),
 )
@@ -103,9 +103,9 @@ def test_batch_kernels_fit_hopper(report: dict[str, Any]):
     assert report["registers"] <= MAX_REGISTERS and report["spills"] <= report["known_spills"]
     assert TILES_BYTES.value <= report["shared_bytes"] < report["num_bytes"] <= MAX_SHARED_BYTES
     assert report["ring_slots"] == report["bulk_copies"] == 0
-    copies = dict(report["copies"])
-    assert copies.pop("8", 0) in (0, 3), "a thread's part of the queries, of heads of 64"
-    assert list(copies) == ["16"] and copies["16"] >= 36, "keys and values: two blocks ahead, and in the loop"
+    few_bytes = [size for size in report["copies"] if size != "16"]
+    assert few_bytes in (["8"], ["4"]) and report["copies"][few_bytes[0]] == 3, "queries: an item has few rows"
+    assert report["copies"]["16"] >= 36, "keys and values: two blocks ahead, and in the loop"
     assert report["wgmma.mma"] > 0 and report["mma.sync"] > 0, "matrices; attention"
 
 
