@@ -290,7 +290,7 @@ def _replaced(module: ModuleType, constants: KernelConstants) -> dict[str, JITFu
 
 def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[str]:
     """Constants, then functions, callees before callers, each verbatim from its module but for `_replaced`."""
-    functions: dict[str, JITFunction] = {}
+    functions: dict[str, JITFunction | ConstexprFunction] = {}
     constants: dict[str, tuple[ModuleType, str]] = {"TASK_VARIANT": (device, "TASK_VARIANT")}
     for name in ("CONTROL_FIRST_EPOCH", "CONTROL_FIRST_STEP", "CONTROL_STEP_COUNT", "CONTROL_STOP", "CONTROL_ABORT"):
         constants[name] = (device, name)
@@ -299,7 +299,7 @@ def _definitions(roots: list[JITFunction], kernel: KernelConstants) -> Iterator[
         if kernel.profile:
             constants["POOL_RECORD"] = (ready, "POOL_RECORD")
 
-    def visit(fn: JITFunction) -> None:
+    def visit(fn: JITFunction | ConstexprFunction) -> None:
         if functions.get(fn.__name__) is fn:
             return
         assert fn.__name__ not in functions, f"two device functions are called {fn.__name__}"
