@@ -34,8 +34,15 @@ def statements_of(function: str, **names: object) -> list[str]:
     constants = {name: x.value for name, x in vars(panels).items() if isinstance(x, tl.constexpr)}
     tree = ast.parse(Path(panels.__file__).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    text = max((node for node in ast.walk(body) if isinstance(node, ast.JoinedStr)), key=lambda node: len(node.values))
-    asm = eval(compile(ast.Expression(text), function, "eval"), constants | names)
+
+    def put_in(text: ast.JoinedStr) -> str:
+        return eval(compile(ast.Expression(text), function, "eval"), constants | names)
+
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.JoinedStr):
+            names[node.target.id] = put_in(node.value)
+    texts = (node for node in ast.walk(body) if isinstance(node, ast.JoinedStr))
+    asm = put_in(max(texts, key=lambda node: len(node.values)))
     asm = re.sub(r"//[^\n]*", "", asm).strip()[1:-1]
     return [" ".join(statement.split()) for statement in asm.split(";") if statement.strip()]
 

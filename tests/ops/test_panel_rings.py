@@ -89,7 +89,7 @@ class Worker(Emulator):
 
     def multiply_tokens(self, product: Product, later: Product | None, first_token: int, tokens_left: int) -> None:
         num_steps = (product.k + 127) // 128
-        block = statements_of("multiply_block", STEPS=num_steps, MULTIPLY="wgmma.mma_async")
+        block = statements_of("multiply_block", STEPS=num_steps, TYPE="f16")
         num_blocks = -(-product.num_rows // product.block_rows)
         for i in range(num_blocks):
             row, is_last = product.row + i * product.block_rows, i + 1 == num_blocks
